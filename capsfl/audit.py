@@ -1,0 +1,151 @@
+"""What `capsfl verify` recomputes: the ledger's digests from Orbax, its epsilons from the accountant."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from capsfl.checkpoint import read_parameters, tensor_leaves
+from capsfl.config import ArmConfig, StudyConfig
+from capsfl.ledger.canonical import decimal
+from capsfl.ledger.block import SignedHead
+from capsfl.ledger.chain import Ledger
+from capsfl.ledger.errors import LedgerError
+from capsfl.ledger.records import Registration, RoundRecord
+from capsfl.ledger.verify import Finding, Status, verify
+from capsfl.privacy.plan import PrivacyPlan
+from capsfl.study import load_study_config
+
+
+def run_folders(study: Path, config: StudyConfig) -> list[tuple[ArmConfig, Path]]:
+    """The folders of a study's runs: one per arm, or one per hospital of a `local` arm."""
+    found = []
+    for arm in config.arms:
+        place = study / arm.name
+        inner = sorted(p.parent for p in place.glob("*/ledger")) if arm.partition == "local" else [place]
+        found += [(arm, folder) for folder in inner]
+    return found
+
+
+def audit_run(folder: Path, config: StudyConfig, *, witness_head: bytes | None = None) -> list[Finding]:
+    """Checks a run's whole ledger against its checkpoints, its accountant and its configuration.
+
+    Args:
+        folder: the run's folder.
+        config: the arm's own configuration, `StudyConfig.arm`.
+        witness_head: a signed head that somebody kept; rollback and split views show only against one.
+    """
+    place = folder / "ledger"
+    try:
+        with Ledger.open(place) as ledger:
+            records = [record for block in ledger.blocks() for record in block.records]
+    except LedgerError:
+        records = []  # `verify` says what is wrong with it
+    holders = sum(isinstance(record, Registration) for record in records)
+    order = [(record.task, record.round) for record in records if isinstance(record, RoundRecord)]
+    plan = PrivacyPlan.build(config.privacy, num_hospitals=holders) if holders else None
+
+    def recompute_leaves(record: RoundRecord) -> Mapping[str, str] | None:
+        parameters = read_parameters(folder / "checkpoints" / record.task, record.round)
+        return None if parameters is None else tensor_leaves(parameters)
+
+    def recompute_epsilon(record: RoundRecord) -> str | None:
+        spent = order.index((record.task, record.round)) + 1
+        epsilon = None if plan is None else plan.epsilon(spent)
+        return None if epsilon is None else decimal(epsilon)
+
+    findings = verify(
+        place,
+        recompute_leaves=recompute_leaves,
+        recompute_epsilon=recompute_epsilon,
+        configuration_hash=config.digest(),
+        witness_head=witness_head,
+    )
+    return findings + _check_coverage(folder, order)
+
+
+def _check_coverage(folder: Path, recorded: Sequence[tuple[str, int]]) -> list[Finding]:
+    """Names checkpoints that no record vouches for: rounds whose records were cut off the ledger's end."""
+    findings = []
+    for task in sorted(path for path in (folder / "checkpoints").glob("*") if path.is_dir()):
+        rounds = sorted(int(step.name) for step in task.iterdir() if step.name.isdigit())
+        missing = [number for number in rounds if (task.name, number) not in recorded]
+        if missing:
+            detail = f"checkpoints of rounds {missing} have no record in the ledger"
+            findings.append(Finding("coverage", Status.FAILED, missing[0], task.name, None, detail))
+        else:
+            detail = f"each of {len(rounds)} checkpoints has its record"
+            findings.append(Finding("coverage", Status.OK, None, task.name, None, detail))
+    return findings
+
+
+def ledger_summary(ledger: Ledger, findings: list[Finding]) -> dict[str, Any]:
+    """What the page draws of a ledger."""
+    head = ledger.head()
+    blocks = ledger.blocks()
+    rows = []
+    for height, block in enumerate(blocks):
+        rows += [
+            {
+                "height": height,
+                "task": record.task,
+                "round": record.round,
+                "digest": record.parameters_digest,
+                "epsilon": None if record.epsilon is None else float(record.epsilon),
+                "cohort": list(record.cohort),
+            }
+            for record in block.records
+            if isinstance(record, RoundRecord)
+        ]
+    return {
+        "blocks": len(blocks),
+        "head": blocks[-1].hash().hex(),
+        "root": head.root.hex(),
+        "chain_id": blocks[0].records[0].chain_id,
+        "signer": blocks[0].records[0].public_key.hex(),
+        "rounds": rows,
+        "findings": [finding_row(finding) for finding in findings],
+    }
+
+
+def finding_row(finding: Finding) -> dict[str, Any]:
+    """A finding as JSON values."""
+    return {
+        "check": finding.check,
+        "status": finding.status.name,
+        "round": finding.round,
+        "task": finding.task,
+        "leaf": finding.leaf,
+        "detail": finding.detail,
+    }
+
+
+def _is_of_chain(witness_head: bytes | None, folder: Path) -> bool:
+    """Tells whether a witness head names the chain of this run; an unreadable one is for `verify` to refuse."""
+    if witness_head is None:
+        return False
+    try:
+        with Ledger.open(folder / "ledger") as ledger:
+            return SignedHead.decode(witness_head).chain_id == ledger.head().chain_id
+    except LedgerError:
+        return True
+
+
+def audit_study(study: Path, *, witness_head: bytes | None = None) -> dict[str, list[Finding]]:
+    """Checks every run of a study: `{run: findings}`; a witness head is held against the chain it names.
+
+    Raises:
+        StudyFolderError: no study there.
+    """
+    config = load_study_config(study)
+    runs = run_folders(study, config)
+    found: dict[str, list[Finding]] = {}
+    for arm, folder in runs:
+        name = str(folder.relative_to(study))
+        witness = witness_head if len(runs) == 1 or _is_of_chain(witness_head, folder) else None
+        found[name] = audit_run(folder, config.arm(arm), witness_head=witness)
+    if witness_head is not None and len(runs) > 1 and all(
+        f.status is Status.UNVERIFIABLE for rows in found.values() for f in rows if f.check == "witness"
+    ):
+        detail = "the witness head is of no chain of this study"
+        found[next(iter(found))].append(Finding("witness", Status.FAILED, detail=detail))
+    return found

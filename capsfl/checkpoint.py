@@ -1,0 +1,191 @@
+"""Orbax checkpoints of a task's rounds: weights, server optimizer, accountant and ledger in one atomic step."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from capsfl.federated.round import RoundState
+from capsfl.ledger.records import tensor_leaf
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read back; the message names the folder and the remedy."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A step read back.
+
+    Attributes:
+        state: weights, server optimizer state and round.
+        accountant: what the privacy accountant had reported at that round.
+        ledger: the ledger's log as it was when the step was saved.
+    """
+
+    state: RoundState
+    accountant: Mapping[str, Any]
+    ledger: bytes
+
+
+class Checkpoints:
+    """The rounds of one task under `folder/<round>`.
+
+    Orbax writes a step beside its final name and renames it, so an interrupted save never becomes the latest.
+
+    Args:
+        folder: created when missing.
+        keep: rounds kept, the newest ones; None keeps all, so that `capsfl verify` can recompute every round.
+    """
+
+    def __init__(self, folder: Path, *, keep: int | None = None) -> None:
+        self.folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {error.strerror or error}; choose a writable `out`") from error
+
+    def save(self, state: RoundState, *, accountant: Mapping[str, Any], ledger: bytes) -> None:
+        """Saves one round atomically, or raises CheckpointError and leaves the previous rounds as they were."""
+        step = int(state.round)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_plain(state)),
+            accountant=ocp.args.JsonSave(dict(accountant)),
+            ledger=ocp.args.StandardSave({"log": np.frombuffer(ledger, np.uint8)}),
+        )
+        try:
+            self._manager.save(step, args=items)
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            message = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.folder / str(step)}: checkpoint not written: {message[:300]}; "
+                "free space or choose another `out`, then run again to resume"
+            ) from error
+
+    def rounds(self) -> list[int]:
+        """Rounds that are completely on disk."""
+        return sorted(self._manager.all_steps(read=True))
+
+    def restore(self, like: RoundState, round_number: int | None = None) -> Restored | None:
+        """Reads a round back into the shapes of `like`; the latest by default, None when there is none."""
+        step = self._manager.latest_step() if round_number is None else round_number
+        if step is None:
+            return None
+        try:
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(_plain(like)),
+                    accountant=ocp.args.JsonRestore(),
+                    ledger=ocp.args.StandardRestore(),
+                ),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            message = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.folder / str(step)}: checkpoint unreadable: {message[:300]}; delete this folder to "
+                "resume from the round before it"
+            ) from error
+        state = RoundState(
+            _like(like.parameters, items.state["parameters"]),
+            _like(like.server, items.state.get("server") or {}),
+            jnp.asarray(items.state["round"]),
+        )
+        return Restored(state, items.accountant, np.asarray(items.ledger["log"], np.uint8).tobytes())
+
+    def close(self) -> None:
+        """Releases Orbax's threads."""
+        self._manager.close()
+
+
+@contextmanager
+def open_checkpoints(folder: Path, *, keep: int | None = None) -> Iterator[Checkpoints]:
+    """Opens the checkpoints of a task and closes them at the end."""
+    checkpoints = Checkpoints(folder, keep=keep)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def tensor_leaves(parameters: Any) -> dict[str, str]:
+    """Digests every array: `{path: hex}`, over path, dtype, shape and little-endian C-order bytes."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        array = np.ascontiguousarray(np.asarray(leaf))
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        name = _path_name(path)
+        leaves[name] = tensor_leaf(name, array.dtype.name, array.shape, array.tobytes()).hex()
+    return leaves
+
+
+def read_parameters(folder: Path, round_number: int) -> dict[str, np.ndarray] | None:
+    """Reads the weights of a round without knowing the model: `{path: array}`; None when it is not on disk.
+
+    Raises:
+        CheckpointError: the round is there and cannot be read.
+    """
+    step = folder.absolute() / str(round_number)
+    if not step.is_dir():
+        return None
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            tree = reader.restore(step / "state")
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{step}: checkpoint unreadable: {' '.join(str(error).split())[:300]}") from error
+    parameters = tree["parameters"]
+    return {_path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+
+
+def latest_parameters(folder: Path, like: Any) -> Any:
+    """Reads the weights of the last round on disk into the structure of `like`.
+
+    Raises:
+        CheckpointError: there is no round, or it cannot be read.
+    """
+    rounds = [int(step.name) for step in folder.glob("*") if step.name.isdigit()]
+    found = read_parameters(folder, max(rounds)) if rounds else None
+    if found is None:
+        raise CheckpointError(f"{folder}: no checkpoint; let `capsfl train` finish first")
+    return _like(like, found)
+
+
+def _plain(state: RoundState) -> dict[str, Any]:
+    """The state as dictionaries of arrays, whose names on disk do not depend on library classes."""
+    return {
+        "parameters": _by_path(state.parameters),
+        "round": state.round,
+        "server": _by_path(state.server),
+    }
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _like(tree: Any, arrays: Mapping[str, Any]) -> Any:
+    """Puts arrays found by path into the structure of `tree`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays[_path_name(path)]), tree)
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as words joined by dots; Flax's `.value` wrapper is not part of the name."""
+    words = []
+    for entry in path:
+        word = next(
+            str(getattr(entry, field)) for field in ("key", "name", "idx") if hasattr(entry, field)
+        )
+        if word != "value":
+            words.append(word)
+    return ".".join(words)

@@ -1,0 +1,342 @@
+"""The command line: `capsfl train|ingest|phantom|predict|report|verify|epsilon|doctor`."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+# Heavy imports (jax, orbax, matplotlib) wait inside the commands, so that --help and mistakes answer at once.
+
+SUMMARY = {
+    "train": "CONFIG.toml [--dotted.name VALUE ...]   run or resume a study and write its page",
+    "ingest": "SOURCE OUT                              DICOM or NIfTI scans into standard volumes",
+    "phantom": "OUT                                     chest-CT hospitals as real DICOM series",
+    "predict": "RUN SCAN                                mask in the scan's own geometry, probability, overlay",
+    "report": "RUN                                     write the study's page again",
+    "verify": "RUN [--witness HEAD]                    recompute and check every ledger of a study",
+    "epsilon": "--hospitals H --noise-multiplier Z ...  privacy loss of a setting, or the setting for a loss",
+    "doctor": "                                        what works on this machine and what to install",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; user errors end with one line on standard error and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        _print_summary()
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("capsfl"))
+        return
+    command = COMMANDS.get(words[0])
+    if command is None:
+        _fail(f"capsfl: unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
+    try:
+        code = command(words[1:])
+    except ValidationError as error:
+        from capsfl.config import explain
+
+        _fail(explain(error, f"capsfl {words[0]}"))
+    except ValueError as error:
+        _fail(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}; check the path, its permissions and the free space")
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to resume", code=130)
+    sys.exit(code)
+
+
+def train(words: list[str]) -> int:
+    """Runs or resumes a study."""
+    from capsfl.config import StudyConfig, load_config
+
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            tyro.cli(
+                StudyConfig,
+                prog="capsfl train CONFIG.toml",
+                description="Run or resume a study; a CONFIG.toml before --help shows its own values as defaults.",
+                default=StudyConfig.example(),
+                args=["--help"],
+                config=TYRO,
+            )
+        _fail("capsfl train: name a configuration first, such as configs/demo.toml")
+    path = Path(words[0])
+    config = tyro.cli(
+        StudyConfig,
+        prog=f"capsfl train {path}",
+        description=f"Run or resume the study of {path}; defaults below are the file's values.",
+        default=load_config(path),
+        args=words[1:],
+        config=TYRO,
+    )
+    from capsfl.train import train as run_study
+
+    console = Console()
+    page = run_study(config, console=console)
+    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    return 0
+
+
+@dataclass(frozen=True)
+class IngestCommand:
+    """Bring scans into standard volumes on disk (Zarr3), one per patient, continuing what is there already."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A manifest (CSV), a folder holding manifest.csv, a DICOM series folder, or a NIfTI file."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder for the volumes and index.csv."""
+    root: Path | None = None
+    """Folder the manifest's paths start from; by default the manifest's own."""
+    preset: Literal["tiny", "half", "full"] = "tiny"
+    """128, 256 or 512 voxels a side."""
+    window: Literal["fixed", "scanner"] = "fixed"
+    """Window recorded for the models."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """Stop at a scan that cannot be read, or leave it out by name."""
+    processes: int | None = None
+    """Scans read at once; by default one per core."""
+
+
+def ingest(words: list[str]) -> int:
+    """Brings scans into standard volumes."""
+    given = tyro.cli(IngestCommand, prog="capsfl ingest", args=words)
+    from capsfl.ct.ingest import ingest as ingest_scans
+    from capsfl.ct.normalize import VolumeConfig
+
+    report = ingest_scans(
+        given.source,
+        given.out,
+        config=VolumeConfig(preset=given.preset, window=given.window),
+        root=given.root,
+        processes=given.processes,
+        on_error=given.on_error,
+    )
+    console = Console()
+    console.print(f"{report.written} written, {report.kept} kept, {len(report.failed)} left out: {given.out}")
+    for name, fault in report.failed:
+        console.print(f"  {name}: {fault}", soft_wrap=True, highlight=False)
+    return 3 if report.failed else 0
+
+
+def phantom(words: list[str]) -> int:
+    """Writes phantom hospitals."""
+    from capsfl.ct.phantom import PhantomConfig, write_hospitals
+
+    class PhantomCommand(PhantomConfig):
+        """Write seeded chest-CT hospitals as real DICOM series with lesion masks and a manifest."""
+
+        out: Annotated[Path, tyro.conf.Positional]
+        """Folder for the series, masks/ and manifest.csv."""
+        processes: int | None = None
+        """Patients rendered at once; by default one per core."""
+
+    given = tyro.cli(PhantomCommand, prog="capsfl phantom", args=words)
+    config = PhantomConfig(**given.model_dump(exclude={"out", "processes"}))
+    manifest = write_hospitals(given.out, config=config, processes=given.processes)
+    print(f"manifest: {manifest}")
+    return 0
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    """Apply a trained study to one scan: mask and probability in the scan's own geometry, overlay, JSON."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder that `capsfl train` wrote."""
+    scan: Annotated[Path, tyro.conf.Positional]
+    """A DICOM series folder or a NIfTI file."""
+    out: Path | None = None
+    """Where results go; by default RUN/predictions/<name>, from where the page shows them."""
+    series: str | None = None
+    """SeriesInstanceUID, where the folder holds several series."""
+
+
+def predict(words: list[str]) -> int:
+    """Applies a study to a scan."""
+    given = tyro.cli(PredictCommand, prog="capsfl predict", args=words)
+    from capsfl.predict import predict as predict_scan
+
+    console = Console()
+    place = predict_scan(given.run, given.scan, out=given.out, series=given.series, console=console)
+    console.print(f"written: {place}", soft_wrap=True, highlight=False)
+    return 0
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write a study's page again from what is in its folder; works while training is still going on."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder that `capsfl train` wrote."""
+    picture: Path | None = None
+    """Also draw the summary picture (PNG) here."""
+
+
+def report(words: list[str]) -> int:
+    """Writes the page again."""
+    given = tyro.cli(ReportCommand, prog="capsfl report", args=words)
+    from capsfl.report import build_page, summary_picture
+
+    print(f"page: {build_page(given.run)}")
+    if given.picture is not None:
+        summary_picture(given.run, given.picture)
+        print(f"picture: {given.picture}")
+    return 0
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Recompute every digest, epsilon and signature of a study; exit code 1 when anything differs."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder that `capsfl train` wrote."""
+    witness: Path | None = None
+    """A copy of one run's ledger/head, kept elsewhere: only against it can a rollback show."""
+    json: bool = False
+    """Print findings as JSON."""
+
+
+def verify(words: list[str]) -> int:
+    """Checks a study's ledgers."""
+    given = tyro.cli(VerifyCommand, prog="capsfl verify", args=words)
+    from capsfl.audit import audit_study, finding_row
+    from capsfl.ledger.verify import Status
+
+    witness = given.witness.read_bytes() if given.witness else None
+    findings = audit_study(given.run, witness_head=witness)
+    failed = [(name, f) for name, rows in findings.items() for f in rows if f.status is Status.FAILED]
+    if given.json:
+        rows = {name: [finding_row(f) for f in rows] for name, rows in findings.items()}
+        print(json.dumps({"ok": not failed, "runs": rows}, indent=1))
+        return 1 if failed else 0
+    console = Console()
+    table = Table("run", "check", "OK", "unverifiable", "FAILED", box=None, pad_edge=False)
+    for name, rows in findings.items():
+        for check in dict.fromkeys(f.check for f in rows):
+            found = [f.status for f in rows if f.check == check]
+            counts = [str(found.count(s) or "-") for s in (Status.OK, Status.UNVERIFIABLE, Status.FAILED)]
+            table.add_row(name, check, *counts)
+    console.print(table)
+    for name, finding in failed:
+        where = [f"{finding.task} round {finding.round}" if finding.round is not None else "", finding.leaf or ""]
+        console.print(
+            f"[red]FAILED[/] {name}: {finding.check} " + " ".join(w for w in where if w) + f": {finding.detail}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    unverifiable = {f.detail for rows in findings.values() for f in rows if f.status is Status.UNVERIFIABLE}
+    for detail in sorted(unverifiable)[:10]:
+        console.print(f"unverifiable: {detail}", soft_wrap=True, highlight=False)
+    if not failed:
+        console.print("[green]verified[/]: everything that can be recomputed agrees with the ledgers")
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True)
+class EpsilonCommand:
+    """Privacy loss of a setting, or with --target-epsilon the setting that meets one."""
+
+    hospitals: int
+    """H, hospitals in the federation."""
+    cohort: int | None = None
+    """m, expected hospitals in a round; all when absent."""
+    noise_multiplier: float | None = None
+    """z, standard deviation of the noise on the SUM over the clip norm; absent to solve for it."""
+    rounds: int | None = None
+    """T, rounds; absent to solve for it."""
+    delta: float = 1e-5
+    """Probability with which the bound may fail."""
+    sampler: Literal["poisson", "fixed", "all"] = "poisson"
+    """How a cohort is drawn."""
+    truncation: int | None = None
+    """The most hospitals a Poisson round takes; the smallest cap costing < 0.1 % of epsilon when absent."""
+    target_epsilon: float | None = None
+    """Solve for the one of --noise-multiplier, --rounds that is absent (both given: for the cohort)."""
+    json: bool = False
+    """Print flat JSON."""
+
+
+def epsilon(words: list[str]) -> int:
+    """Accounts for a setting."""
+    given = tyro.cli(EpsilonCommand, prog="capsfl epsilon", args=words)
+    from capsfl.privacy import epsilon_report, solve
+
+    values = {name: value for name, value in asdict(given).items() if name not in ("json", "target_epsilon")}
+    if given.target_epsilon is None:
+        for name in ("noise_multiplier", "rounds"):
+            if values[name] is None:
+                raise ValueError(f"{name}: missing; give --{name.replace('_', '-')}, or --target-epsilon to solve for it")
+        row = epsilon_report(**(values | {"cohort": given.cohort or given.hospitals}))
+    else:
+        missing = [name for name in ("noise_multiplier", "rounds") if values[name] is None]
+        if len(missing) == 2:
+            raise ValueError("noise_multiplier, rounds: both missing; give one, and the other is solved for")
+        unknown = missing[0] if missing else "cohort"
+        if unknown != "cohort":
+            values["cohort"] = given.cohort or given.hospitals
+        del values[unknown]
+        row = solve(given.target_epsilon, for_=unknown, **values)
+    if given.json:
+        print(json.dumps(row))
+        return 0
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in row.items():
+        table.add_row(name, "unbounded" if value is None and "epsilon" in name else str(value))
+    Console().print(table)
+    return 0
+
+
+def doctor(words: list[str]) -> int:
+    """Says what works here."""
+
+    @dataclass(frozen=True)
+    class DoctorCommand:
+        """Devices, versions, decoders and extras: what works here and what to install."""
+
+    tyro.cli(DoctorCommand, prog="capsfl doctor", args=words)
+    from capsfl.doctor import examine
+
+    table = Table("part", "state", "remedy", box=None, pad_edge=False)
+    rows = examine()
+    for row in rows:
+        table.add_row(row.part, f"[green]{row.state}[/]" if row.works else f"[red]{row.state}[/]", row.remedy)
+    Console().print(table)
+    return 0 if all(row.works or row.optional for row in rows) else 1
+
+
+TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "ingest": ingest,
+    "phantom": phantom,
+    "predict": predict,
+    "report": report,
+    "verify": verify,
+    "epsilon": epsilon,
+    "doctor": doctor,
+}
+
+
+def _print_summary() -> None:
+    console = Console()
+    console.print("[bold]capsfl[/] capsule networks for lung CT, trained federated with differential privacy\n")
+    for name, text in SUMMARY.items():
+        console.print(f"  capsfl {name:<8} {text}", highlight=False, markup=False, soft_wrap=True)
+    console.print("\nEach command has its own --help.")
+
+
+def _fail(message: str, *, code: int = 2) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,31 @@
+"""The server's step: an optax optimizer that reads the noised mean update as a negative gradient."""
+
+from typing import Literal
+
+import optax
+from pydantic import Field
+
+from capsfl.settings import Settings
+
+
+class ServerConfig(Settings):
+    """The server optimizer (Reddi et al., Adaptive Federated Optimization, 2021)."""
+
+    optimizer: Literal["sgd", "momentum", "adam", "yogi", "adagrad"] = "sgd"
+    """`sgd` with learning rate 1 is federated averaging."""
+    learning_rate: float = Field(default=1.0, gt=0)
+    """Step size of the server."""
+
+
+def make_server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
+    """Builds the server optimizer; feed it minus the mean update."""
+    rate = config.learning_rate
+    if config.optimizer == "momentum":
+        return optax.sgd(rate, momentum=0.9)
+    if config.optimizer == "adam":
+        return optax.adam(rate, b2=0.99, eps=1e-3)
+    if config.optimizer == "yogi":
+        return optax.yogi(rate, eps=1e-3)
+    if config.optimizer == "adagrad":
+        return optax.adagrad(rate)
+    return optax.sgd(rate)

@@ -1,0 +1,161 @@
+"""A task, its hospitals and the privacy plan bound into rounds that can be run, saved and run again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from capsfl.federated.aggregation import ServerConfig, make_server_optimizer
+from capsfl.federated.devices import CohortProgram, DevicesConfig
+from capsfl.federated.hospitals import Hospitals
+from capsfl.federated.local import LocalConfig, make_local_update
+from capsfl.federated.round import CohortRecords, Mechanism, RoundState
+from capsfl.learning.tasks import Task
+from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan
+from capsfl.settings import Settings
+
+
+class RoundsConfig(Settings):
+    """The rounds of one task."""
+
+    rounds: int = Field(default=10, ge=1)
+    """Federated rounds."""
+    local: LocalConfig = LocalConfig()
+    """Training inside a hospital."""
+    server: ServerConfig = ServerConfig()
+    """The server's step."""
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """Un-noised figures of one round, for the run's own log; never for the ledger.
+
+    Attributes:
+        round: the round just finished, from 1.
+        cohort: names of the hospitals that took part.
+        loss: mean training loss over the cohort; None when nobody took part.
+        hospital_loss: the loss of each member of the cohort.
+        update_norm: L2 norm of each member's update before clipping.
+        not_finite: members whose update held NaN or infinity and was left out.
+    """
+
+    round: int
+    cohort: tuple[str, ...]
+    loss: float | None
+    hospital_loss: Mapping[str, float] = field(default_factory=dict)
+    update_norm: Mapping[str, float] = field(default_factory=dict)
+    not_finite: tuple[str, ...] = ()
+
+
+class Federation:
+    """Runs federated rounds of one task over stacked hospitals.
+
+    Every random draw is folded from `(seed, round, hospital)`, so a round can be run again from its state alone and
+    its outcome does not depend on chunks; on another device layout it agrees within float32 reassociation.
+
+    Args:
+        task: what is trained.
+        hospitals: the records.
+        config: rounds, local and server optimizers.
+        privacy: sampler, clip norm and noise.
+        devices: where the cohort runs.
+        seed: seed of every draw.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        hospitals: Hospitals,
+        *,
+        config: RoundsConfig,
+        privacy: PrivacyConfig,
+        devices: DevicesConfig = DevicesConfig(),
+        seed: int = 0,
+    ) -> None:
+        self.task = task
+        self.hospitals = hospitals
+        self.plan = PrivacyPlan.build(privacy, num_hospitals=len(hospitals))
+        self._key = jax.random.key(seed)
+        self._server_optimizer = make_server_optimizer(config.server)
+        self._program = CohortProgram(
+            make_local_update(task, config.local),
+            self._server_optimizer,
+            self.plan,
+            config=devices,
+        )
+        self._mechanism = Mechanism(
+            jnp.float32(privacy.clip_norm), jnp.float32(privacy.noise_multiplier)
+        )
+        self._sample = jax.jit(lambda key: self.plan.sample(key=key))
+        self._evaluate = jax.jit(self._scores, static_argnames="batch_size")
+        self._placed: tuple[bytes, CohortRecords] | None = None
+
+    def init(self) -> RoundState:
+        """Returns the state before the first round."""
+        parameters = jax.tree.map(jnp.asarray, self.task.parameters)
+        return self.place(RoundState(parameters, self._server_optimizer.init(parameters), jnp.int32(0)))
+
+    def place(self, state: RoundState) -> RoundState:
+        """Puts a state, new or restored, on the devices."""
+        return self._program.replicate(state)
+
+    def step(self, state: RoundState) -> tuple[RoundState, RoundReport]:
+        """Runs the next round."""
+        key = jax.random.fold_in(self._key, state.round)
+        cohort = self._sample(jax.random.fold_in(key, 0))
+        indices, mask = np.asarray(cohort.indices), np.asarray(cohort.mask)
+        placed = self._place(indices, mask)
+        state, metrics = self._program(state, placed, self._mechanism, jax.random.fold_in(key, 1))
+        names = [self.hospitals.names[i] for i in indices]
+        present = [slot for slot in range(len(indices)) if mask[slot]]
+        losses = {names[slot]: float(metrics.loss[slot]) for slot in present}
+        return state, RoundReport(
+            round=int(state.round),
+            cohort=tuple(names[slot] for slot in present),
+            loss=float(np.mean(list(losses.values()))) if losses else None,
+            hospital_loss=losses,
+            update_norm={names[slot]: float(metrics.update_norm[slot]) for slot in present},
+            not_finite=tuple(names[slot] for slot in present if not np.isfinite(metrics.update_norm[slot])),
+        )
+
+    def evaluate(
+        self, parameters: Any, hospitals: Hospitals, *, batch_size: int = 16
+    ) -> dict[str, dict[str, float]]:
+        """Scores weights on held-out records: `{hospital: {score: value}}`, undefined scores left out."""
+        scores = self._evaluate(parameters, hospitals.records, hospitals.counts, batch_size=batch_size)
+        result: dict[str, dict[str, float]] = {name: {} for name in hospitals.names}
+        for score, (numerator, denominator) in scores.items():
+            for name, top, bottom in zip(hospitals.names, np.asarray(numerator), np.asarray(denominator), strict=True):
+                if bottom > 0:
+                    result[name][score] = float(top / bottom)
+        return result
+
+    def _scores(self, parameters: Any, records: Any, counts: jax.Array, *, batch_size: int) -> Any:
+        capacity = jax.tree.leaves(records)[0].shape[1]
+        batches = -(-capacity // batch_size)
+
+        def one_hospital(inputs: tuple[Any, jax.Array]) -> Any:
+            rows, count = inputs
+
+            def one_batch(index: jax.Array) -> Any:
+                slots = index * batch_size + jnp.arange(batch_size)
+                batch = jax.tree.map(lambda leaf: leaf[jnp.minimum(slots, capacity - 1)], rows)
+                return self.task.scores(parameters, batch, (slots < count).astype(jnp.float32))
+
+            return jax.tree.map(lambda leaf: leaf.sum(0), jax.lax.map(one_batch, jnp.arange(batches)))
+
+        return jax.lax.map(one_hospital, (records, jnp.asarray(counts)))
+
+    def _place(self, indices: np.ndarray, mask: np.ndarray) -> CohortRecords:
+        """Puts the cohort's records on the devices, keeping them there while the cohort stays the same."""
+        name = indices.tobytes() + mask.tobytes()
+        if self._placed is None or self._placed[0] != name:
+            records = jax.tree.map(lambda leaf: leaf[indices], self.hospitals.records)
+            counts = np.where(mask, self.hospitals.counts[indices], 0).astype(np.int32)
+            cohort = CohortRecords(records, counts, indices.astype(np.int32))
+            self._placed = (name, self._program.place(cohort))
+        return self._placed[1]

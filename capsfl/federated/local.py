@@ -1,0 +1,81 @@
+"""What one hospital does in a round: a few epochs of its own records, starting at the server's weights."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from pydantic import Field
+
+from capsfl.learning.tasks import Task
+from capsfl.settings import Settings
+
+
+class LocalConfig(Settings):
+    """Local training of a hospital within one round."""
+
+    optimizer: Literal["sgd", "momentum", "adam"] = "adam"
+    """Local optimizer; its state starts afresh in every round."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Step size of the local optimizer."""
+    batch_size: int = Field(default=8, ge=1)
+    """Records in one local step."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the hospital's records in one round."""
+
+
+class LocalResult(NamedTuple):
+    """The outcome of one hospital's round.
+
+    Attributes:
+        update: pytree like the parameters: local weights minus the server's.
+        loss: scalar, mean training loss over the local steps; 0 for a hospital without records.
+    """
+
+    update: Any
+    loss: jax.Array
+
+
+def make_optimizer(config: LocalConfig) -> optax.GradientTransformation:
+    """Builds the local optimizer."""
+    if config.optimizer == "sgd":
+        return optax.sgd(config.learning_rate)
+    if config.optimizer == "momentum":
+        return optax.sgd(config.learning_rate, momentum=0.9)
+    return optax.adam(config.learning_rate)
+
+
+def make_local_update(task: Task, config: LocalConfig) -> Callable[..., LocalResult]:
+    """Builds the function one hospital runs in a round; it is vmapped over hospitals.
+
+    A hospital of n records takes `epochs * ceil(n / batch_size)` steps over a fresh permutation per epoch; the
+    last batch of an epoch is filled from its beginning, so every batch is full and no padded row is read.
+    """
+    optimizer = make_optimizer(config)
+    gradient = jax.value_and_grad(task.loss)
+
+    def local_update(parameters: Any, records: Any, count: jax.Array, *, key: jax.Array) -> LocalResult:
+        capacity = jax.tree.leaves(records)[0].shape[0]
+        steps_per_epoch = (count + config.batch_size - 1) // config.batch_size
+        steps = steps_per_epoch * config.epochs
+
+        def step(index: jax.Array, carry: tuple[Any, Any, jax.Array]) -> tuple[Any, Any, jax.Array]:
+            weights, optimizer_state, total = carry
+            divisor = jnp.maximum(steps_per_epoch, 1)
+            epoch, position = index // divisor, index % divisor
+            draw = jax.random.uniform(jax.random.fold_in(key, epoch), (capacity,))
+            order = jnp.argsort(jnp.where(jnp.arange(capacity) < count, draw, jnp.inf))
+            slots = position * config.batch_size + jnp.arange(config.batch_size)
+            rows = order[slots % jnp.maximum(count, 1)]
+            batch = jax.tree.map(lambda leaf: leaf[rows], records)
+            loss, grads = gradient(weights, batch)
+            updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
+            return optax.apply_updates(weights, updates), optimizer_state, total + loss
+
+        start = (parameters, optimizer.init(parameters), jnp.zeros(()))
+        weights, _, total = jax.lax.fori_loop(0, steps, step, start)
+        update = jax.tree.map(jnp.subtract, weights, parameters)
+        return LocalResult(update, total / jnp.maximum(steps, 1))
+
+    return local_update

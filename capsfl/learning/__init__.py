@@ -1,0 +1,1 @@
+"""What the networks are trained for and how the result is judged: losses, metrics, tasks."""

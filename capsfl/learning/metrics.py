@@ -1,0 +1,405 @@
+"""Judging scores and masks on the host: every figure a result table prints, and the control rows beside it.
+
+A positive call is `score >= threshold`. A figure that the data leave undefined (the AUC of one class, the
+precision of no calls) is None, never a number that could be mistaken for a result.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage
+from scipy.stats import rankdata
+
+_RESAMPLES = 2000
+_PERMUTATIONS = 1000
+_CONFIDENCE = 0.95
+
+
+class Confusion(NamedTuple):
+    """Counts of calls against labels."""
+
+    true_positives: int
+    false_positives: int
+    true_negatives: int
+    false_negatives: int
+
+
+class RocCurve(NamedTuple):
+    """The receiver operating characteristic, from (0, 0) to (1, 1), thresholds falling from infinity."""
+
+    false_positive_rate: np.ndarray
+    true_positive_rate: np.ndarray
+    thresholds: np.ndarray
+
+
+def confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> Confusion:
+    """Count the calls `score >= threshold` against the labels."""
+    scores, labels = _scored(scores, labels)
+    calls = scores >= threshold
+    return Confusion(
+        true_positives=int(np.sum(calls & labels)),
+        false_positives=int(np.sum(calls & ~labels)),
+        true_negatives=int(np.sum(~calls & ~labels)),
+        false_negatives=int(np.sum(~calls & labels)),
+    )
+
+
+def sensitivity(scores: np.ndarray, labels: np.ndarray, threshold: float) -> float | None:
+    """Return the share of positives that are called, None without positives."""
+    counts = confusion(scores, labels, threshold)
+    return _ratio(counts.true_positives, counts.true_positives + counts.false_negatives)
+
+
+def specificity(scores: np.ndarray, labels: np.ndarray, threshold: float) -> float | None:
+    """Return the share of negatives that are not called, None without negatives."""
+    counts = confusion(scores, labels, threshold)
+    return _ratio(counts.true_negatives, counts.true_negatives + counts.false_positives)
+
+
+def precision(scores: np.ndarray, labels: np.ndarray, threshold: float) -> float | None:
+    """Return the share of calls that are positive, None without calls."""
+    counts = confusion(scores, labels, threshold)
+    return _ratio(counts.true_positives, counts.true_positives + counts.false_positives)
+
+
+def balanced_accuracy(scores: np.ndarray, labels: np.ndarray, threshold: float) -> float | None:
+    """Return the mean of sensitivity and specificity, None unless both are defined."""
+    on_positives = sensitivity(scores, labels, threshold)
+    on_negatives = specificity(scores, labels, threshold)
+    if on_positives is None or on_negatives is None:
+        return None
+    return (on_positives + on_negatives) / 2
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the area under the ROC curve, None unless both classes are present.
+
+    The Mann-Whitney statistic: the chance that a positive scores higher than a negative, ties counting half.
+    """
+    scores, labels = _scored(scores, labels)
+    return _auc_of_ranks(rankdata(scores), labels)
+
+
+def roc_curve(scores: np.ndarray, labels: np.ndarray) -> RocCurve | None:
+    """Return the origin and a point per distinct score, None unless both classes are present."""
+    scores, labels = _scored(scores, labels)
+    positives = int(labels.sum())
+    negatives = labels.size - positives
+    if not positives or not negatives:
+        return None
+    order = np.argsort(-scores, kind="stable")
+    ordered = scores[order]
+    last_of_ties = np.append(np.flatnonzero(np.diff(ordered)), labels.size - 1)
+    true_positives = np.cumsum(labels[order])[last_of_ties]
+    false_positives = last_of_ties + 1 - true_positives
+    return RocCurve(
+        np.append(0.0, false_positives / negatives),
+        np.append(0.0, true_positives / positives),
+        np.append(np.inf, ordered[last_of_ties]),
+    )
+
+
+def threshold_for_sensitivity(scores: np.ndarray, labels: np.ndarray, target: float = 0.9) -> float:
+    """Return the highest threshold at which sensitivity reaches the target.
+
+    Choose it on validation patients, then judge others with it: on the patients it was chosen on, the
+    specificity is flattered.
+
+    Raises:
+        ValueError: if there are no positives or the target is not in (0, 1].
+    """
+    scores, labels = _scored(scores, labels)
+    if not 0 < target <= 1:
+        raise ValueError(f"target {target}: a sensitivity lies in (0, 1]")
+    if not labels.any():
+        raise ValueError("no positive labels; a sensitivity needs at least one positive patient")
+    falling = np.sort(scores[labels])[::-1]
+    # The guard against rounding: 0.9 * 10 must ask for 9 positives, not 10.
+    needed = int(np.ceil(target * falling.size - 1e-9))
+    return float(falling[needed - 1])
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float | None],
+    *arrays: np.ndarray,
+    patients: Sequence[Any] | np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = _RESAMPLES,
+    confidence: float = _CONFIDENCE,
+) -> tuple[float, float] | None:
+    """Return the percentile bootstrap interval of a statistic, drawn by patient (Efron 1979).
+
+    Patients are drawn with replacement and bring all their rows, since rows of one patient are not
+    independent. Draws that leave the statistic undefined are left out; None if every draw does.
+
+    Args:
+        statistic: maps the arrays to a number, or None where undefined.
+        *arrays: rows along axis 0.
+        patients: the patient of each row, or None if each row is a patient.
+        seed: of the draws.
+        resamples: number of draws.
+        confidence: share of the draws inside the interval.
+
+    Raises:
+        ValueError: if the arrays differ in length or are empty.
+    """
+    rows = len(arrays[0])
+    if (
+        rows == 0
+        or any(len(array) != rows for array in arrays)
+        or (patients is not None and len(patients) != rows)
+    ):
+        raise ValueError(f"rows {[len(array) for array in arrays]}: expected equal numbers, at least one")
+    if patients is None:
+        groups = [np.array([row]) for row in range(rows)]
+    else:
+        names = np.unique(np.asarray(patients), return_inverse=True)[1]
+        groups = [np.flatnonzero(names == name) for name in range(names.max() + 1)]
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        chosen = np.concatenate(
+            [groups[index] for index in generator.integers(len(groups), size=len(groups))]
+        )
+        value = statistic(*(array[chosen] for array in arrays))
+        if value is not None:
+            drawn.append(value)
+    if not drawn:
+        return None
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def auc_interval(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    *,
+    patients: Sequence[Any] | np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = _RESAMPLES,
+    confidence: float = _CONFIDENCE,
+) -> tuple[float, float] | None:
+    """Return an interval for the AUC by patient bootstrap, None unless both classes are present.
+
+    Perfect separation of a few patients makes every draw perfect and a percentile interval of no width. There
+    an exact bound is used instead: m = min(positives, negatives) disjoint pairs are all in order with
+    probability AUC^m, so an AUC below ((1 - confidence) / 2)^(1/m) is refuted (mirrored at an AUC of 0).
+    """
+    scores, labels = _scored(scores, labels)
+    area = auc(scores, labels)
+    if area is None:
+        return None
+    if area in (0.0, 1.0):
+        units = labels if patients is None else _labels_of_patients(labels, patients)
+        pairs = max(1, min(int(units.sum()), int((~units).sum())))
+        bound = ((1 - confidence) / 2) ** (1 / pairs)
+        return (bound, 1.0) if area == 1 else (0.0, 1 - bound)
+    return bootstrap_interval(
+        auc, scores, labels, patients=patients, seed=seed, resamples=resamples, confidence=confidence
+    )
+
+
+def classification_report(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+    hospitals: Sequence[str] | np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the figures of one table row; each score is one patient.
+
+    Keys: auc, auc_low, auc_high (95 %, see `auc_interval`), balanced_accuracy, sensitivity, specificity,
+    precision, threshold, patients, positives; and with `hospitals` (the hospital of each patient) a dict of
+    such rows under "hospitals". Undefined figures are None.
+
+    Raises:
+        ValueError: if lengths differ or a score is not finite.
+    """
+    scores, labels = _scored(scores, labels)
+    interval = auc_interval(scores, labels, seed=seed)
+    report: dict[str, Any] = {
+        "auc": auc(scores, labels),
+        "auc_low": None if interval is None else interval[0],
+        "auc_high": None if interval is None else interval[1],
+        **_threshold_figures(scores, labels, threshold),
+        "threshold": float(threshold),
+        "patients": int(labels.size),
+        "positives": int(labels.sum()),
+    }
+    if hospitals is not None:
+        names = np.asarray(hospitals)
+        if names.shape != labels.shape:
+            raise ValueError(
+                f"hospitals {names.shape} do not fit labels {labels.shape}; name one per patient"
+            )
+        report["hospitals"] = {
+            str(name): classification_report(
+                scores[names == name], labels[names == name], threshold, seed=seed
+            )
+            for name in np.unique(names)
+        }
+    return report
+
+
+def always_positive_row(labels: np.ndarray) -> dict[str, Any]:
+    """Return the report of the classifier that calls every patient positive, the first control of a table."""
+    return classification_report(np.ones(len(labels)), labels, threshold=1.0)
+
+
+def permuted_labels_row(
+    scores: np.ndarray, labels: np.ndarray, seed: int = 0, *, threshold: float = 0.5
+) -> dict[str, Any]:
+    """Return the mean report of the same scores against shuffled labels, the second control of a table.
+
+    Means over 1,000 permutations; auc_low and auc_high hold 95 % of the permuted AUCs, so a model whose AUC
+    lies between them has shown nothing.
+    """
+    scores, labels = _scored(scores, labels)
+    generator = np.random.default_rng(seed)
+    ranks = rankdata(scores)
+    rows = []
+    areas = []
+    for _ in range(_PERMUTATIONS):
+        shuffled = generator.permutation(labels)
+        rows.append(_threshold_figures(scores, shuffled, threshold))
+        areas.append(_auc_of_ranks(ranks, shuffled))
+    # A figure is undefined in every permutation or in none: classes and calls keep their numbers.
+    means = {
+        key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in rows[0]
+    }
+    defined = areas[0] is not None
+    return {
+        "auc": float(np.mean(areas)) if defined else None,
+        "auc_low": float(np.quantile(areas, 0.025)) if defined else None,
+        "auc_high": float(np.quantile(areas, 0.975)) if defined else None,
+        **means,
+        "threshold": float(threshold),
+        "patients": int(labels.size),
+        "positives": int(labels.sum()),
+    }
+
+
+def brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean squared difference between probability and outcome (Brier 1950); 0 is perfect."""
+    probabilities, labels = _scored(probabilities, labels)
+    return float(np.mean(np.square(probabilities - labels)))
+
+
+def ece(probabilities: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> float:
+    """Return the expected calibration error of a probability of the positive class (Naeini et al. 2015).
+
+    Over equal-width bins of [0, 1], the mean gap between the mean probability and the share of positives,
+    weighted by the number of patients in the bin.
+
+    Raises:
+        ValueError: if a probability lies outside [0, 1].
+    """
+    probabilities, labels = _scored(probabilities, labels)
+    if probabilities.min() < 0 or probabilities.max() > 1:
+        raise ValueError(
+            f"probabilities in [{probabilities.min():g}, {probabilities.max():g}]: expected [0, 1]"
+        )
+    members = np.minimum((probabilities * bins).astype(int), bins - 1)
+    gaps = np.bincount(members, weights=probabilities - labels, minlength=bins)
+    return float(np.abs(gaps).sum() / labels.size)
+
+
+def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Return the Dice coefficient of two masks (Dice 1945); 1 where both are empty, 0 where one is.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    prediction, truth = _masks(prediction, truth)
+    total = int(prediction.sum()) + int(truth.sum())
+    return 2 * int(np.sum(prediction & truth)) / total if total else 1.0
+
+
+def hd95_mm(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> float:
+    """Return the 95th percentile Hausdorff distance between the surfaces of two masks, in mm.
+
+    The larger of the two directed 95th percentiles; a surface voxel has a background face neighbour or lies
+    at the border. 0 where both masks are empty; where one is, the diagonal of the volume (as in the BraTS
+    challenge), so that a missed lesion is not left out of a mean.
+
+    Args:
+        prediction: mask.
+        truth: mask of the same shape.
+        spacing_mm: spacing along each axis, in mm.
+
+    Raises:
+        ValueError: if the shapes differ or the spacing does not fit them.
+    """
+    prediction, truth = _masks(prediction, truth)
+    if len(spacing_mm) != truth.ndim or min(spacing_mm) <= 0:
+        raise ValueError(f"spacing_mm {tuple(spacing_mm)}: expected {truth.ndim} positive distances")
+    if not prediction.any() and not truth.any():
+        return 0.0
+    if not prediction.any() or not truth.any():
+        return float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
+    return max(
+        _directed_percentile(prediction, truth, spacing_mm),
+        _directed_percentile(truth, prediction, spacing_mm),
+    )
+
+
+def volume_error_ml(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> float:
+    """Return the predicted minus the true volume of a lesion mask, in millilitres."""
+    prediction, truth = _masks(prediction, truth)
+    return (int(prediction.sum()) - int(truth.sum())) * float(np.prod(spacing_mm)) / 1000
+
+
+def _directed_percentile(source: np.ndarray, target: np.ndarray, spacing_mm: Sequence[float]) -> float:
+    distances = ndimage.distance_transform_edt(~_surface(target), sampling=spacing_mm)
+    return float(np.percentile(np.asarray(distances)[_surface(source)], 95))
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    return mask & ~ndimage.binary_erosion(mask)
+
+
+def _threshold_figures(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | None]:
+    return {
+        "balanced_accuracy": balanced_accuracy(scores, labels, threshold),
+        "sensitivity": sensitivity(scores, labels, threshold),
+        "specificity": specificity(scores, labels, threshold),
+        "precision": precision(scores, labels, threshold),
+    }
+
+
+def _auc_of_ranks(ranks: np.ndarray, labels: np.ndarray) -> float | None:
+    positives = int(labels.sum())
+    negatives = labels.size - positives
+    if not positives or not negatives:
+        return None
+    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def _labels_of_patients(labels: np.ndarray, patients: Sequence[Any] | np.ndarray) -> np.ndarray:
+    names = np.unique(np.asarray(patients), return_inverse=True)[1]
+    return np.array([labels[names == name].any() for name in range(names.max() + 1)])
+
+
+def _scored(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores = np.asarray(scores, np.float64)
+    labels = np.asarray(labels)
+    if scores.ndim != 1 or scores.shape != labels.shape or not scores.size:
+        raise ValueError(f"scores {scores.shape} and labels {labels.shape}: expected one of each per patient")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores: {int(np.sum(~np.isfinite(scores)))} of {scores.size} are not finite")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"labels {np.unique(labels).tolist()}: expected 0 and 1")
+    return scores, labels.astype(bool)
+
+
+def _masks(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    prediction, truth = np.asarray(prediction), np.asarray(truth)
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
+    return prediction.astype(bool), truth.astype(bool)
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

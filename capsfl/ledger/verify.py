@@ -1,0 +1,220 @@
+"""Walks a ledger backwards: every signature, link and root, and every figure that can be recomputed.
+
+The ledger holds digests; what they are digests of lies elsewhere, so the caller brings the functions that
+recompute them. Whatever cannot be recomputed is UNVERIFIABLE, never OK.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from capsfl.ledger import canonical
+from capsfl.ledger.block import SignedHead
+from capsfl.ledger.errors import LedgerError
+from capsfl.ledger.history import History, first_difference
+from capsfl.ledger.log import survey
+from capsfl.ledger.records import RoundRecord
+
+# Two builds of one accountant may differ in the last digits; a lie worth telling is larger than this.
+_EPSILON_TOLERANCE = 1e-9
+
+
+class Status(Enum):
+    """What came of a check."""
+
+    OK = "OK"
+    FAILED = "FAILED"
+    UNVERIFIABLE = "unverifiable"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        check: What was checked: structure, witness, tensors, manifest, epsilon or configuration.
+        status: What came of it.
+        round: Number of the round concerned, or None for the ledger as a whole.
+        task: Task of that round, or None.
+        leaf: Path of the first tensor (or file) that differs, or None.
+        detail: One line for a person.
+    """
+
+    check: str
+    status: Status
+    round: int | None = None
+    task: str | None = None
+    leaf: str | None = None
+    detail: str = ""
+
+
+def verify(
+    folder: Path | str,
+    *,
+    recompute_leaves: Callable[[RoundRecord], Mapping[str, str] | None],
+    recompute_epsilon: Callable[[RoundRecord], str | None],
+    configuration_hash: str | None,
+    witness_head: bytes | None = None,
+    recompute_manifest: Callable[[RoundRecord], Mapping[str, str] | None] | None = None,
+) -> list[Finding]:
+    """Checks a ledger and everything it says of its rounds; never raises, whatever the files hold.
+
+    A function that returns None says "cannot be recomputed here" (UNVERIFIABLE); one that raises says "is
+    there, but broken" (FAILED). Rounds past the first damaged block are not reported on: nothing vouches
+    for them.
+
+    Args:
+        folder: The ledger's folder.
+        recompute_leaves: Gives the leaf hashes (hex, by tensor path) of the model a round left.
+        recompute_epsilon: Gives the decimal string of the epsilon up to and including a round.
+        configuration_hash: SHA-256 (hex) of the run's configuration, or None when it is not at hand.
+        witness_head: The bytes of a head kept outside the folder. Only against such a head can a rollback,
+            a rewritten chain or a second version of it show.
+        recompute_manifest: Gives the SHA-256 (hex, by path) of the checkpoint files of a round.
+
+    Returns:
+        The findings: on the whole first, then round by round.
+    """
+    try:
+        history, _, fault = survey(folder)
+    except Exception as error:  # a hostile folder must not stop the auditor
+        history, fault = History(), LedgerError(_line(error))
+    size = len(history.blocks)
+    if fault is None:
+        detail = f"{size} blocks of chain {history.genesis.chain_id}, all linked and signed"
+        findings = [Finding("structure", Status.OK, detail=detail)]
+    else:
+        findings = [
+            Finding("structure", Status.FAILED, detail=f"{_line(fault)} ({size} blocks before it hold)")
+        ]
+    findings.append(_check_witness(history, witness_head))
+    for record in history.rounds.values():
+        tensors = _check_tensors(record, recompute_leaves)
+        findings.append(tensors)
+        findings.extend(_check_manifest(record, recompute_manifest, tensors.status))
+        findings.extend(_check_epsilon(record, recompute_epsilon))
+        findings.append(_check_configuration(record, configuration_hash))
+    return findings
+
+
+def _check_witness(history: History, data: bytes | None) -> Finding:
+    if data is None:
+        return Finding(
+            "witness",
+            Status.UNVERIFIABLE,
+            detail="no witness head given: a rollback or a rewritten chain would not show",
+        )
+
+    def failed(detail: str) -> Finding:
+        return Finding("witness", Status.FAILED, detail=detail)
+
+    try:
+        witness = SignedHead.decode(data)
+    except Exception as error:
+        return failed(f"the witness head is unreadable: {_line(error)}")
+    if not witness.is_signed():
+        return failed("the witness head is not signed by the key it names")
+    if not history.blocks:
+        return failed(f"the witness saw {witness.size} blocks, none can be read")
+    genesis = history.genesis
+    if (witness.chain_id, witness.public_key) != (genesis.chain_id, genesis.public_key):
+        return failed(f"the witness saw chain {witness.chain_id} under another key or name: not this ledger")
+    size = len(history.blocks)
+    if not 0 < witness.size <= size:
+        return failed(f"the witness saw {witness.size} blocks, this ledger has {size}: it was rolled back")
+    if history.head(witness.size).root != witness.root:
+        return failed(f"the owner signed two different histories of {witness.size} blocks (equivocation)")
+    return Finding("witness", Status.OK, detail=f"extends the {witness.size} blocks the witness saw")
+
+
+def _check_tensors(
+    record: RoundRecord, recompute: Callable[[RoundRecord], Mapping[str, str] | None]
+) -> Finding:
+    return _compare("tensors", "tensor", record, dict(record.leaves), recompute)
+
+
+def _check_manifest(
+    record: RoundRecord,
+    recompute: Callable[[RoundRecord], Mapping[str, str] | None] | None,
+    tensors: Status,
+) -> Iterator[Finding]:
+    if record.manifest is None:
+        return
+    finding = _compare("manifest", "file", record, dict(record.manifest), recompute or (lambda _: None))
+    if finding.status is Status.FAILED and tensors is Status.OK:
+        # Checkpoint files are not reproducible, tensors are: a copy saved again differs only here.
+        detail = f"{finding.detail}, though every tensor agrees: saved again?"
+        finding = Finding("manifest", Status.UNVERIFIABLE, record.round, record.task, finding.leaf, detail)
+    yield finding
+
+
+def _compare(
+    check: str,
+    noun: str,
+    record: RoundRecord,
+    recorded: Mapping[str, str],
+    recompute: Callable[[RoundRecord], Mapping[str, str] | None],
+) -> Finding:
+    def finding(status: Status, detail: str, leaf: str | None = None) -> Finding:
+        return Finding(check, status, record.round, record.task, leaf, detail)
+
+    try:
+        found = recompute(record)
+        if found is None:
+            return finding(Status.UNVERIFIABLE, "nothing to recompute from")
+        found = dict(found)
+        leaf = first_difference(recorded, found)
+    except Exception as error:
+        return finding(Status.FAILED, f"cannot be read back: {_line(error)}")
+    if leaf is None:
+        return finding(Status.OK, f"as recorded ({len(recorded)})")
+    if leaf not in found:
+        return finding(Status.FAILED, f"{noun} {leaf} is recorded but gone", leaf)
+    if leaf not in recorded:
+        return finding(Status.FAILED, f"{noun} {leaf} is there but not recorded", leaf)
+    return finding(Status.FAILED, f"{noun} {leaf} is not the recorded one", leaf)
+
+
+def _check_epsilon(record: RoundRecord, recompute: Callable[[RoundRecord], str | None]) -> Iterator[Finding]:
+    def finding(status: Status, detail: str) -> Finding:
+        return Finding("epsilon", status, record.round, record.task, None, detail)
+
+    try:
+        found = recompute(record)
+    except Exception as error:
+        yield finding(Status.FAILED, f"cannot be recomputed: {_line(error)}")
+        return
+    if found is None:
+        if record.epsilon is not None or record.noise_multiplier is not None:
+            yield finding(Status.UNVERIFIABLE, f"recorded {record.epsilon}, nothing to recompute it from")
+        return  # no noise, no claim, nothing to check
+    if not canonical.is_decimal(found):
+        yield finding(Status.FAILED, f"recomputed {str(found)[:40]!r} is not a number")
+    elif record.epsilon is None:
+        yield finding(Status.FAILED, f"none recorded, recomputed {found}")
+    elif math.isclose(float(record.epsilon), float(found), rel_tol=_EPSILON_TOLERANCE):
+        yield finding(Status.OK, f"{record.epsilon} as recorded")
+    else:
+        lie = "understated" if float(record.epsilon) < float(found) else "overstated"
+        yield finding(Status.FAILED, f"{lie}: recorded {record.epsilon}, recomputed {found}")
+
+
+def _check_configuration(record: RoundRecord, configuration_hash: str | None) -> Finding:
+    def finding(status: Status, detail: str) -> Finding:
+        return Finding("configuration", status, record.round, record.task, None, detail)
+
+    if configuration_hash is None:
+        return finding(Status.UNVERIFIABLE, "no configuration at hand")
+    if record.configuration_hash != configuration_hash:
+        return finding(
+            Status.FAILED,
+            f"recorded {record.configuration_hash}, the configuration at hand is {configuration_hash}",
+        )
+    return finding(Status.OK, "as recorded")
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, LedgerError) else f"{type(error).__name__}: {text}"

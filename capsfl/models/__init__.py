@@ -1,0 +1,6 @@
+"""Capsule networks for classification and segmentation, and the fusion of three planes."""
+
+from capsfl.models.capsnet import CapsNet, CapsNetConfig, CapsNetOutput
+from capsfl.models.segcaps import SegCaps, SegCapsConfig, SegCapsOutput
+
+__all__ = ["CapsNet", "CapsNetConfig", "CapsNetOutput", "SegCaps", "SegCapsConfig", "SegCapsOutput"]

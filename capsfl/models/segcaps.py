@@ -1,0 +1,145 @@
+"""SegCaps: a U-shaped capsule network that segments one image (LaLonde & Bagci 2018, arXiv:1804.04241)."""
+
+from functools import partial
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+from flax import nnx
+from jax import Array
+from jax import numpy as jnp
+from pydantic import Field
+
+from capsfl.models.layers import Conv, ConvCapsules, capsule_lengths
+from capsfl.settings import Settings
+
+
+class SegCapsConfig(Settings):
+    """Size and routing of a SegCaps network; the defaults are the published R3."""
+
+    width: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on every capsule dimension and on the channels of the first and the reconstruction layers."""
+
+    num_iters: Literal[1, 3] = 3
+    """Routing iterations of the routed layers; 1 weighs all votes equally, which needs no votes at all."""
+
+    routed: Literal["every", "resolution"] = "every"
+    """Layers that route `num_iters` times: every one (R3), or those that change the resolution (R1)."""
+
+    in_channels: Annotated[int, Field(gt=0)] = 1
+    """Channels of the image: 1, or 5 neighbouring slices with the one to segment in the middle."""
+
+    reconstruction: bool = True
+    """Whether the network also reconstructs the segmented part of the image, as a regulariser."""
+
+    @classmethod
+    def r3(cls) -> "SegCapsConfig":
+        """Return the published R3: three iterations in every layer after the first two."""
+        return cls()
+
+    @classmethod
+    def r1(cls) -> "SegCapsConfig":
+        """Return the published R1: three iterations only where the resolution changes, one elsewhere."""
+        return cls(routed="resolution")
+
+
+class SegCapsOutput(NamedTuple):
+    """What SegCaps says about a batch of images."""
+
+    lengths: Array
+    """Probability of the foreground, `(batch, height, width)`, the length of the last capsule, in [0, 1)."""
+
+    reconstruction: Array | None
+    """Intensity of the foreground in [0, 1], `(batch, height, width)`, or None without that head."""
+
+
+class SegCaps(nnx.Module):
+    """The thirteen-layer SegCaps; 1,425,649 parameters at width 1.
+
+    Layers carry the names of the published code. Capsules are laid out
+    `(batch, capsules, height, width, dim)`, so the skips concatenate on axis 1.
+    """
+
+    def __init__(self, config: SegCapsConfig, *, rngs: nnx.Rngs) -> None:
+        def scale(size: int) -> int:
+            return max(2, round(config.width * size))
+
+        small, medium, large = scale(16), scale(32), scale(64)
+        resizing = config.num_iters
+        keeping = config.num_iters if config.routed == "every" else 1
+
+        same = partial(ConvCapsules, num_iters=keeping, rngs=rngs)
+        down = partial(ConvCapsules, strides=2, num_iters=resizing, rngs=rngs)
+        up = partial(ConvCapsules, strides=2, transpose=True, num_iters=resizing, rngs=rngs)
+
+        self.conv1 = Conv(config.in_channels, small, 5, rngs=rngs)
+        # The published networks never route the first two layers.
+        self.primarycaps = ConvCapsules(small, 2, small, 5, strides=2, num_iters=1, rngs=rngs)
+        self.conv_cap_2_1 = ConvCapsules(small, 4, small, 5, num_iters=1, rngs=rngs)
+        self.conv_cap_2_2 = down(small, 4, medium, 5)
+        self.conv_cap_3_1 = same(medium, 8, medium, 5)
+        self.conv_cap_3_2 = down(medium, 8, large, 5)
+        self.conv_cap_4_1 = same(large, 8, medium, 5)
+        self.deconv_cap_1_1 = up(medium, 8, medium, 4)
+        self.deconv_cap_1_2 = same(medium, 4, medium, 5)
+        self.deconv_cap_2_1 = up(medium, 4, small, 4)
+        self.deconv_cap_2_2 = same(small, 4, small, 5)
+        self.deconv_cap_3_1 = up(small, 2, small, 4)
+        self.seg_caps = same(small, 1, small, 1)
+        self.recon = (
+            ReconstructionHead(small, scale(64), scale(128), rngs=rngs) if config.reconstruction else None
+        )
+
+    def __call__(self, images: Array, truth: Array | None = None) -> SegCapsOutput:
+        """Segment images.
+
+        Args:
+            images: `(batch, height, width, in_channels)`, window intensities of equation 1, in [-0.5, 0.5].
+            truth: `(batch, height, width)`, the foreground in training: the capsules outside it are set to
+                zero before reconstruction. None (inference) reconstructs from all of them.
+
+        Returns:
+            The lengths and the reconstruction.
+
+        Raises:
+            ValueError: if height or width is not divisible by 8, or the shapes do not fit.
+        """
+        channels = self.conv1.kernel.shape[2]
+        if images.ndim != 4 or images.shape[-1] != channels:
+            raise ValueError(f"images {images.shape}: expected (batch, height, width, {channels})")
+        if images.shape[1] % 8 or images.shape[2] % 8:
+            raise ValueError(
+                f"images {images.shape}: height and width must be divisible by 8; pad or crop them"
+            )
+        if truth is not None and truth.shape != images.shape[:3]:
+            raise ValueError(
+                f"truth {truth.shape} does not fit images {images.shape}; expected {images.shape[:3]}"
+            )
+
+        full = jax.nn.relu(self.conv1(images))[:, None]
+        half = self.conv_cap_2_1(self.primarycaps(full))
+        quarter = self.conv_cap_3_1(self.conv_cap_2_2(half))
+        capsules = self.conv_cap_4_1(self.conv_cap_3_2(quarter))
+
+        capsules = self.deconv_cap_1_2(jnp.concatenate([self.deconv_cap_1_1(capsules), quarter], axis=1))
+        capsules = self.deconv_cap_2_2(jnp.concatenate([self.deconv_cap_2_1(capsules), half], axis=1))
+        capsules = self.seg_caps(jnp.concatenate([self.deconv_cap_3_1(capsules), full], axis=1))[:, 0]
+
+        reconstruction = None
+        if self.recon is not None:
+            visible = capsules if truth is None else capsules * truth[..., None].astype(capsules.dtype)
+            reconstruction = self.recon(visible)
+        return SegCapsOutput(capsule_lengths(capsules), reconstruction)
+
+
+class ReconstructionHead(nnx.Module):
+    """Three 1x1 convolutions from the foreground capsule to the intensity it stands for."""
+
+    def __init__(self, in_channels: int, first: int, second: int, *, rngs: nnx.Rngs) -> None:
+        self.recon_1 = Conv(in_channels, first, 1, rngs=rngs)
+        self.recon_2 = Conv(first, second, 1, rngs=rngs)
+        self.out_recon = Conv(second, 1, 1, rngs=rngs)
+
+    def __call__(self, capsules: Array) -> Array:
+        """Map `(batch, height, width, dim)` to intensities `(batch, height, width)` in [0, 1]."""
+        hidden = jax.nn.relu(self.recon_2(jax.nn.relu(self.recon_1(capsules))))
+        return jax.nn.sigmoid(self.out_recon(hidden))[..., 0]

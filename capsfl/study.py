@@ -1,0 +1,194 @@
+"""The study folder: whose configuration it is, how long its stages took, how its patients are split."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from capsfl.clock import Stopwatch
+from capsfl.config import DataConfig, StudyConfig
+from capsfl.learning.patients import Patient
+
+
+class StudyFolderError(ValueError):
+    """A run folder that cannot be used; the message names it and the remedy."""
+
+
+class Split(NamedTuple):
+    """Patients by their use; no patient is in two of them."""
+
+    train: tuple[Patient, ...]
+    validation: tuple[Patient, ...]
+    test: tuple[Patient, ...]
+
+
+class StudyFolder:
+    """A study's folder with `study.json`; made by `StudyFolder.open`."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self._record = record
+
+    @classmethod
+    def open(cls, config: StudyConfig) -> "StudyFolder":
+        """Founds the folder, or resumes it.
+
+        Raises:
+            StudyFolderError: the folder holds something else, another configuration's study, or cannot be written.
+        """
+        path = Path(config.out)
+        file = path / "study.json"
+        record = _read_record(file)
+        if record is None:
+            if path.is_dir() and any(path.iterdir()):
+                raise StudyFolderError(
+                    f"{path}: not empty and not a study (no study.json); choose another `out` or an empty folder"
+                )
+            record = {
+                "name": path.name,
+                "arms": [arm.name for arm in config.arms],
+                "primary": config.arms[0].name,
+                "configuration": config.model_dump(mode="json"),
+                "configuration_hash": config.digest(),
+                "versions": {name: version(name) for name in ("capsfl", "jax", "flax", "orbax-checkpoint")},
+                "device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+                "stages": [],
+            }
+        elif record.get("configuration_hash") != config.digest():
+            raise StudyFolderError(
+                f"{path}: made by another configuration ({_difference(record['configuration'], config)}); choose "
+                "another `out`, or delete the folder to start over"
+            )
+        folder = cls(path, record)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder._write()
+        except OSError as error:
+            raise StudyFolderError(
+                f"{path}: cannot be written ({error.strerror}); free space or choose another `out`"
+            ) from error
+        return folder
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage; a resumed study adds to the time its stage took before."""
+        watch = Stopwatch()
+        yield
+        figures = watch.read()
+        row = next((r for r in self._record["stages"] if r["name"] == name), None)
+        if row is None:
+            self._record["stages"].append({"name": name, **figures})
+        else:
+            for figure in ("seconds", "cpu_seconds"):
+                row[figure] = round(row[figure] + figures[figure], 4)
+        self._write()
+
+    def finish(self) -> None:
+        """Adds up the stages."""
+        stages = self._record["stages"]
+        for figure in ("seconds", "cpu_seconds"):
+            self._record[figure] = round(sum(row[figure] for row in stages), 2)
+        self._record["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in stages)
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.path / "study.json", self._record)
+
+
+def load_study_config(path: Path) -> StudyConfig:
+    """Returns the configuration that a study folder was made by.
+
+    Raises:
+        StudyFolderError: no study there, or one of another version of this program.
+    """
+    record = _read_record(path / "study.json")
+    if record is None:
+        raise StudyFolderError(f"{path}: no study.json; name the folder that `capsfl train` wrote")
+    try:
+        return StudyConfig.model_validate_json(json.dumps(record["configuration"]))
+    except (KeyError, ValueError) as error:
+        raise StudyFolderError(
+            f"{path / 'study.json'}: its configuration is not one of this version; train again or install "
+            f"capsfl {record.get('versions', {}).get('capsfl', 'of that time')}"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON beside its final place and renames it, so that readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def split_patients(patients: Sequence[Patient], config: DataConfig, *, seed: int) -> Split:
+    """Splits patients into train, validation and test, within every hospital and class.
+
+    The manifest's `split` column decides where it is filled in; the rest is drawn from `seed`.
+
+    Raises:
+        ValueError: nothing to train on or nothing to test on.
+    """
+    parts: dict[str, list[Patient]] = {"train": [], "validation": [], "test": []}
+    groups: dict[tuple[str, str], list[Patient]] = {}
+    for patient in sorted(patients, key=lambda patient: (patient.hospital, patient.name)):
+        if patient.split:
+            parts[patient.split].append(patient)
+        else:
+            groups.setdefault((patient.hospital, str(patient.label)), []).append(patient)
+    generator = np.random.default_rng(seed)
+    for _, group in sorted(groups.items()):
+        order = generator.permutation(len(group))
+        tests = round(config.test_fraction * len(group))
+        validations = min(round(config.validation_fraction * len(group)), max(len(group) - tests - 1, 0))
+        for place, index in enumerate(order):
+            part = "test" if place < tests else "validation" if place < tests + validations else "train"
+            parts[part].append(group[index])
+    for part, remedy in (("train", "hold out fewer"), ("test", "hold out more")):
+        if not parts[part]:
+            raise ValueError(
+                f"data.test_fraction = {config.test_fraction}: no patient left to {part} on among "
+                f"{len(patients)} with mask or label; {remedy}, or fill in the manifest's split column"
+            )
+    return Split(*(tuple(parts[part]) for part in ("train", "validation", "test")))
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise StudyFolderError(f"{file}: unreadable ({error}); delete the folder to start over") from error
+    if not isinstance(record, dict) or "configuration" not in record:
+        raise StudyFolderError(f"{file}: not a study's record; delete the folder to start over")
+    return record
+
+
+def _difference(old: dict[str, Any], config: StudyConfig) -> str:
+    """Names the first field that differs, with both values."""
+
+    def flatten(value: Any, trail: str = "") -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            rows = (flatten(item, f"{trail}.{key}" if trail else key) for key, item in value.items())
+        elif isinstance(value, list) and value:
+            rows = (flatten(item, f"{trail}.{index}") for index, item in enumerate(value))
+        else:
+            return {trail: value}
+        return {name: item for row in rows for name, item in row.items()}
+
+    before, now = flatten(old), flatten(config.model_dump(mode="json"))
+    for name in [*now, *before]:
+        if name.split(".")[0] not in ("out", "devices") and before.get(name) != now.get(name):
+            return f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
+    return "its fields differ"

@@ -1,0 +1,388 @@
+"""A study from scans to page; read this file top to bottom and you have seen the whole road.
+
+    phantom / DICOM / NIfTI -> standard volumes -> hospitals -> federated rounds (segmentation, classification)
+    -> a checkpoint and a signed record per round -> results beside their controls -> one HTML page
+
+A study trains several arms on the same split: federated, with noise, pooled, every hospital alone. An arm is one
+run, or one run per hospital; a run owns a folder with checkpoints, ledger, metrics and results.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from capsfl import evaluation
+from capsfl.audit import audit_run, ledger_summary
+from capsfl.checkpoint import open_checkpoints, tensor_leaves
+from capsfl.clock import Stopwatch
+from capsfl.config import ArmConfig, StudyConfig
+from capsfl.ct.ingest import IndexEntry, ingest, read_index
+from capsfl.ct.phantom import write_hospitals
+from capsfl.federated.federation import Federation, RoundReport, RoundsConfig
+from capsfl.federated.hospitals import Hospitals, pool_hospitals, select_hospitals, stack_hospitals
+from capsfl.federated.round import RoundState
+from capsfl.learning.classification import Classifier, make_classification_task, masked_slices
+from capsfl.learning.patients import Patient, load_patient
+from capsfl.learning.segmentation import Segmenter, cut_patches, make_segmentation_task
+from capsfl.learning.tasks import Task
+from capsfl.ledger.canonical import decimal
+from capsfl.ledger.chain import Ledger
+from capsfl.ledger.keys import Signer
+from capsfl.ledger.records import Registration, RoundRecord, parameters_root
+from capsfl.privacy.plan import PrivacyPlan
+from capsfl.report.page import build_page
+from capsfl.study import Split, StudyFolder, split_patients, write_json
+
+
+def train(config: StudyConfig, *, console: Console) -> Path:
+    """Runs or resumes a study.
+
+    Args:
+        config: the whole configuration.
+        console: where progress goes.
+
+    Returns:
+        The page, `out/report.html`.
+
+    Raises:
+        ValueError: anything a user can mend, in one line that names the file or field.
+    """
+    folder = StudyFolder.open(config)
+    entries = prepare_volumes(config, folder, console=console)
+    split = load_split(config, entries)
+    console.print(
+        f"[bold]{len(split.train)}[/] patients to train on, [bold]{len(split.validation)}[/] to validate, "
+        f"[bold]{len(split.test)}[/] never trained on, in {len({p.hospital for p in split.train})} hospitals"
+    )
+    with folder.stage("controls"):
+        controls = evaluation.score_controls(split, config)
+    for arm in config.arms:
+        with folder.stage(arm.name):
+            train_arm(arm, config, folder, split, controls, console=console)
+    folder.finish()
+    return build_page(folder.path)
+
+
+def prepare_volumes(config: StudyConfig, folder: StudyFolder, *, console: Console) -> tuple[IndexEntry, ...]:
+    """Brings every scan into a standard volume on disk, generating the phantom first where there is no source."""
+    source = Path(config.data.source)
+    if not config.data.source:
+        assert config.phantom is not None  # StudyConfig refuses to be without both
+        with folder.stage("phantom"):
+            console.print("[bold]phantom[/] chest CT of three hospitals, written as DICOM series")
+            source = write_hospitals(folder.path / "phantom", config=config.phantom)
+    with folder.stage("ingest"):
+        console.print(f"[bold]ingest[/] {source} into standard volumes, preset {config.data.volumes.preset}")
+        ingest(
+            source,
+            folder.path / "volumes",
+            config=config.data.volumes,
+            root=Path(config.data.root) if config.data.root else None,
+            on_error=config.data.on_error,
+        )
+    return read_index(folder.path / "volumes")
+
+
+def load_split(config: StudyConfig, entries: Sequence[IndexEntry]) -> Split:
+    """Reads the volumes and splits patients, never slices; scans without mask and label wait for `capsfl predict`."""
+    patients = [load_patient(entry, field=config.data.field) for entry in entries]
+    known = [patient for patient in patients if patient.truth is not None or patient.label is not None]
+    return split_patients(known, config.data, seed=config.seed)
+
+
+def train_arm(
+    arm: ArmConfig,
+    config: StudyConfig,
+    folder: StudyFolder,
+    split: Split,
+    controls: evaluation.Controls,
+    *,
+    console: Console,
+) -> None:
+    """Trains one arm: one run, or for `local` one run per hospital, and writes its results."""
+    hospitals = sorted({patient.hospital for patient in split.train})
+    place = folder.path / arm.name
+    if arm.partition == "local":
+        members = {
+            name: train_run(
+                Run(place / name, config.arm(arm), arm, (name,), member=name), split, controls, console=console
+            )
+            for name in hospitals
+        }
+        write_json(place / "results.json", evaluation.average_members(members))
+    else:
+        train_run(Run(place, config.arm(arm), arm, tuple(hospitals)), split, controls, console=console)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its folder, its own configuration, and the hospitals whose records it sees."""
+
+    folder: Path
+    config: StudyConfig
+    arm: ArmConfig
+    hospitals: tuple[str, ...]
+    member: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For the console."""
+        return f"{self.arm.name} {self.member}" if self.member else self.arm.name
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Who holds records in this run: the hospitals, or the pool."""
+        return ("pooled",) if self.arm.partition == "pooled" else self.hospitals
+
+    def arrange(self, records: Mapping[str, Any]) -> Hospitals:
+        """Stacks this run's share of all hospitals' records."""
+        hospitals = select_hospitals(stack_hospitals(records), self.hospitals)
+        return pool_hospitals(hospitals) if self.arm.partition == "pooled" else hospitals
+
+
+def train_run(
+    run: Run, split: Split, controls: evaluation.Controls, *, console: Console
+) -> dict[str, Any]:
+    """Trains one run through its stages and scores it on the patients never trained on.
+
+    A finished run is read back; an unfinished one goes on from its last checkpoint.
+    """
+    results_file = run.folder / "results.json"
+    if results_file.exists():
+        return json.loads(results_file.read_text(encoding="utf-8"))
+    config = run.config
+    assert config.segmentation is not None
+    with open_ledger(run, split) as ledger:
+        metrics = MetricsLog(run.folder / "metrics.jsonl", member=run.member)
+        seg_task = make_segmentation_task(config.segmentation, seed=config.seed)
+
+        def patches(patients: Sequence[Patient]) -> dict[str, Any]:
+            return by_hospital(
+                (p for p in patients if p.truth is not None),
+                lambda p: cut_patches(p, config.segmentation, seed=evaluation.seed_of(config.seed, p.name)),
+            )
+
+        seg_state, rounds_before = run_rounds(
+            run, seg_task, config.segmentation, patches(split.train), patches(split.validation),
+            ledger, metrics, rounds_before=0, console=console,
+        )  # fmt: skip
+        segmenter = Segmenter(seg_task, config.segmentation)
+        scans = evaluation.Segmented(segmenter, seg_state.parameters)
+        scores = None
+        if config.classification is not None:
+            stage = config.classification
+            cls_task = make_classification_task(stage, seed=config.seed + 1)
+
+            def slices(patients: Sequence[Patient]) -> dict[str, Any]:
+                def of_patient(patient: Patient) -> dict[str, np.ndarray]:
+                    image = masked_slices(patient.hu, scans.fused(patient), stage)
+                    return {"image": image, "label": np.full(len(image), patient.label, np.int32)}
+
+                return by_hospital((p for p in patients if p.label is not None), of_patient)
+
+            trained = [p for p in split.train if p.hospital in run.hospitals]
+            cls_state, rounds_before = run_rounds(
+                run, cls_task, stage, slices(trained), slices(split.validation),
+                ledger, metrics, rounds_before=rounds_before, console=console,
+            )  # fmt: skip
+            classifier = Classifier(cls_task, stage)
+            scores = evaluation.score_patients(classifier, cls_state.parameters, scans, split)
+        plan = PrivacyPlan.build(config.privacy, num_hospitals=len(run.holders))
+        results = evaluation.results(split, scans, scores, controls, config, plan.statement(rounds_before))
+        evaluation.write_overlays(run.folder, split, scans, results)
+        findings = audit_run(run.folder, config)
+        write_json(run.folder / "ledger.json", ledger_summary(ledger, findings))
+        write_json(results_file, results)
+    return results
+
+
+def run_rounds(
+    run: Run,
+    task: Task,
+    stage: RoundsConfig,
+    records: Mapping[str, Any],
+    validation: Mapping[str, Any],
+    ledger: Ledger,
+    metrics: "MetricsLog",
+    *,
+    rounds_before: int,
+    console: Console,
+) -> tuple[RoundState, int]:
+    """Runs the rounds of one stage, each followed by a signed record and a checkpoint.
+
+    Returns:
+        The last state and how many rounds the run has spent privacy on so far.
+    """
+    config = run.config
+    federation = Federation(
+        task, run.arrange(records), config=stage, privacy=config.privacy, devices=config.devices, seed=config.seed
+    )
+    held_out = stack_hospitals(validation) if validation else None
+    total = stage.rounds
+    if config.privacy.target_epsilon is not None:
+        total = min(total, federation.plan.max_rounds(config.privacy.target_epsilon) - rounds_before)
+    state = federation.init()
+    with (
+        open_checkpoints(run.folder / "checkpoints" / task.name, keep=config.keep_checkpoints) as checkpoints,
+        progress_bar(console) as progress,
+    ):
+        restored = checkpoints.restore(state)
+        if restored is not None:
+            state = federation.place(restored.state)
+            ledger.reconcile(restored.ledger)
+        metrics.keep_until(task.name, int(state.round))
+        bar = progress.add_task(f"{run.name} {task.name}", total=total, completed=int(state.round), note="")
+        for _ in range(int(state.round), total):
+            watch = Stopwatch()
+            state, report = federation.step(state)
+            scores = federation.evaluate(state.parameters, held_out) if held_out else {}
+            spent = rounds_before + int(state.round)
+            epsilon = federation.plan.epsilon(spent)
+            ledger.append(round_record(run, task, state, report, federation.plan, epsilon))
+            metrics.append(task.name, report, scores, epsilon, watch)
+            checkpoints.save(
+                state,
+                accountant=federation.plan.statement(spent).to_json(),
+                ledger=ledger.export(),
+            )
+            progress.update(bar, advance=1, note=summarise(report, scores, epsilon))
+    return state, rounds_before + int(state.round)
+
+
+def round_record(
+    run: Run, task: Task, state: RoundState, report: RoundReport, plan: PrivacyPlan, epsilon: float | None
+) -> RoundRecord:
+    """What the ledger keeps of a round: digests, cohort and mechanism, and nothing un-noised."""
+    leaves = tensor_leaves(state.parameters)
+    privacy = run.config.privacy
+    return RoundRecord(
+        round=report.round,
+        task=task.name,
+        parameters_digest=parameters_root(leaves),
+        leaves=tuple(sorted(leaves.items())),
+        cohort=report.cohort,
+        sampler=privacy.sampler,
+        clip_norm=decimal(privacy.clip_norm),
+        noise_multiplier=decimal(privacy.noise_multiplier),
+        expected_cohort=decimal(plan.expected_cohort),
+        epsilon=None if epsilon is None else decimal(epsilon),
+        delta=decimal(privacy.delta),
+        configuration_hash=run.config.digest(),
+        code_version=version("capsfl"),
+    )
+
+
+def open_ledger(run: Run, split: Split) -> Ledger:
+    """Opens the run's ledger, or founds it: an owner's key, a key per holder of records, their registrations."""
+    place, keys = run.folder / "ledger", run.folder / "keys"
+    owner = open_key(keys / "owner.pem")
+    if Ledger.exists(place):
+        return Ledger.open(place, signer=owner)
+    registrations = []
+    for holder in run.holders:
+        signer = open_key(keys / f"holder-{holder}.pem")
+        count = sum(holder in ("pooled", patient.hospital) for patient in split.train)
+        registrations.append(Registration(signer.hospital_id(), holder, signer.public_key, "lung CT", count))
+    return Ledger.create(
+        place, signer=owner, chain_id=run.config.digest()[:32], registrations=registrations
+    )
+
+
+def open_key(path: Path) -> Signer:
+    """Loads a signing key, or makes it on the run's first start."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Signer.generate().save(path)
+    return Signer.load(path)
+
+
+def by_hospital(patients: Any, records_of: Any) -> dict[str, Any]:
+    """Concatenates the records of every hospital's patients: `{hospital: pytree of (records, ...)}`."""
+    found: dict[str, list[Any]] = {}
+    for patient in patients:
+        found.setdefault(patient.hospital, []).append(records_of(patient))
+    return {
+        name: jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows) for name, rows in sorted(found.items())
+    }
+
+
+class MetricsLog:
+    """The run's un-noised curves as JSON lines; for its owner's eyes, never for the ledger."""
+
+    def __init__(self, path: Path, *, member: str | None) -> None:
+        self._path = path
+        self._member = {} if member is None else {"member": member}
+
+    def keep_until(self, task: str, round_number: int) -> None:
+        """Drops the lines of rounds after the one a run resumes from; those rounds will be run again."""
+        if not self._path.exists():
+            return
+        rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [row for row in rows if row["task"] != task or row["round"] <= round_number]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self._path)
+
+    def append(
+        self,
+        task: str,
+        report: RoundReport,
+        scores: Mapping[str, Mapping[str, float]],
+        epsilon: float | None,
+        watch: Stopwatch,
+    ) -> None:
+        """Writes one round."""
+        hospitals: dict[str, dict[str, float]] = {name: dict(values) for name, values in scores.items()}
+        for name, loss in report.hospital_loss.items():
+            hospitals.setdefault(name, {})["loss"] = loss
+        row = {
+            **self._member,
+            "task": task,
+            "round": report.round,
+            "loss": report.loss,
+            "epsilon": epsilon,
+            **watch.read(),
+            "cohort": list(report.cohort),
+            "update_norm": report.update_norm,
+            "not_finite": list(report.not_finite),
+            "hospitals": hospitals,
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def progress_bar(console: Console) -> Progress:
+    """One bar per stage, with the figures a user waits for."""
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def summarise(
+    report: RoundReport, scores: Mapping[str, Mapping[str, float]], epsilon: float | None
+) -> str:
+    """One line about a round: loss, mean validation scores, epsilon, hospitals left out."""
+    words = [] if report.loss is None else [f"loss {report.loss:.3f}"]
+    for name in ("dice", "accuracy", "sensitivity"):
+        values = [row[name] for row in scores.values() if name in row]
+        if values:
+            words.append(f"{name} {np.mean(values):.2f}")
+    if epsilon is not None:
+        words.append(f"ε {epsilon:.3g}")
+    if report.not_finite:
+        words.append(f"[red]not finite: {', '.join(report.not_finite)}[/]")
+    return "  ".join(words)

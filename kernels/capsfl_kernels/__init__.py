@@ -1,0 +1,8 @@
+"""Capsule routing operators for JAX that never store the votes."""
+
+from capsfl_kernels.convolutional.api import conv_capsules
+from capsfl_kernels.dynamic.api import dynamic_routing
+from capsfl_kernels.squash import squash
+from capsfl_kernels.votes.api import route_votes
+
+__all__ = ["conv_capsules", "dynamic_routing", "route_votes", "squash"]

@@ -1,0 +1,1 @@
+"""Convolutional capsules: `capsfl_kernels.conv_capsules`."""

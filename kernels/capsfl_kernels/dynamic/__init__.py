@@ -1,0 +1,1 @@
+"""Fully connected capsules: `capsfl_kernels.dynamic_routing`."""

@@ -1,0 +1,61 @@
+"""Routing of given votes in blocks of positions; the backward pass keeps nothing but the votes themselves."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from capsfl_kernels.arguments import Gradient, common_variation
+from capsfl_kernels.votes import reference
+
+
+class Routing(NamedTuple):
+    """Static choices of a routing."""
+
+    num_iters: int
+    leaky: bool
+    gradient: Gradient
+
+    def run(self, votes: jax.Array, bias: jax.Array) -> jax.Array:
+        """Routes votes (positions, inputs, capsules, dim) with bias (capsules, dim), all positions at once."""
+        return reference.route(votes, bias, **self._asdict())
+
+
+def route(votes: jax.Array, bias: jax.Array, routing: Routing, block_size: int) -> jax.Array:
+    """Routes votes (positions, inputs, capsules, dim) with bias (capsules, dim) to (positions, capsules, dim)."""
+    positions = votes.shape[0]
+    blocks = -(-positions // block_size)
+    padded = jnp.pad(votes, ((0, blocks * block_size - positions), (0, 0), (0, 0), (0, 0)))
+    tiles = padded.reshape(blocks, block_size, *votes.shape[1:])
+    tiles, bias = common_variation(tiles, bias)
+    return _route_tiles(tiles, bias, routing).reshape(-1, *votes.shape[2:])[:positions]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _route_tiles(tiles: jax.Array, bias: jax.Array, routing: Routing) -> jax.Array:
+    return lax.map(lambda tile: routing.run(tile, bias), tiles)
+
+
+def _forward(
+    tiles: jax.Array, bias: jax.Array, routing: Routing
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _route_tiles(tiles, bias, routing), (tiles, bias)
+
+
+def _backward(
+    routing: Routing, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    tiles, bias = residuals
+
+    def step(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tile, tile_grad = block
+        grad_votes, grad_bias = jax.vjp(routing.run, tile, bias)[1](tile_grad)
+        return total + grad_bias, grad_votes
+
+    grad_bias, grad_tiles = lax.scan(step, jnp.zeros_like(bias), (tiles, grad))
+    return grad_tiles, grad_bias
+
+
+_route_tiles.defvjp(_forward, _backward)

@@ -1,0 +1,45 @@
+"""Stacking, pooling and choosing hospitals."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capsfl.federated.hospitals import pool_hospitals, select_hospitals, stack_hospitals
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_stacking_keeps_every_record_and_pads_with_zeros(counts):
+    rows = {f"h{i}": {"x": np.full((n, 2), i + 1.0)} for i, n in enumerate(counts)}
+    hospitals = stack_hospitals(rows)
+    assert hospitals.counts.tolist() == counts
+    assert hospitals.records["x"].shape == (len(counts), max(counts), 2)
+    for i, n in enumerate(counts):
+        assert (hospitals.records["x"][i, :n] == i + 1).all()
+        assert (hospitals.records["x"][i, n:] == 0).all()
+    pooled = pool_hospitals(hospitals)
+    assert pooled.counts.tolist() == [sum(counts)]
+    assert np.array_equal(pooled.records["x"][0], np.concatenate([r["x"] for r in rows.values()]))
+
+
+def test_selected_hospitals_are_trimmed_to_their_largest():
+    hospitals = stack_hospitals({n: {"x": np.ones((c, 1))} for n, c in (("a", 5), ("b", 2), ("c", 3))})
+    chosen = select_hospitals(hospitals, ["c", "b"])
+    assert chosen.names == ("c", "b")
+    assert chosen.records["x"].shape == (2, 3, 1)
+    assert chosen.counts.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ({}, "no hospital"),
+        ({"a": {"x": np.ones((0, 2))}}, r"records\['a'\]: no records"),
+        ({"a": {"x": np.ones((2, 2)), "y": np.ones(3)}}, "disagree on the number of records"),
+        ({"a": {"x": np.ones((2, 2))}, "b": {"x": np.ones((2, 3))}}, r"records\['b'\]: record shapes"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused_by_name(records, message):
+    with pytest.raises(ValueError, match=message):
+        stack_hospitals(records)

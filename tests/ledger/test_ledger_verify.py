@@ -1,0 +1,253 @@
+import dataclasses
+import os
+import random
+
+import pytest
+
+from capsfl.ledger import Finding, Ledger, SignedHead, Status, storage, verify
+from capsfl.ledger.log import parse_whole
+
+_CONFIGURATION = "0c" * 32
+
+
+def _audit(
+    folder, *, leaves=None, epsilon=None, configuration: str | None = _CONFIGURATION, **others
+) -> list[Finding]:
+    return verify(
+        folder,
+        recompute_leaves=leaves or (lambda record: dict(record.leaves)),
+        recompute_epsilon=epsilon or (lambda record: record.epsilon),
+        configuration_hash=configuration,
+        **others,
+    )
+
+
+def _but(findings: list[Finding], status: Status = Status.OK) -> list[Finding]:
+    return [finding for finding in findings if finding.status is not status]
+
+
+def _only(findings: list[Finding], check: str, round: int) -> Finding:
+    (finding,) = (item for item in findings if (item.check, item.round) == (check, round))
+    return finding
+
+
+def _truncate(folder, size, owner):
+    """What a thief of time does: the folder as it was `size` blocks long, head and all."""
+    history = parse_whole(
+        b"".join(storage.frame(block.encode()) for block in Ledger.open(folder).blocks()[:size])
+    )
+    (folder / "log").write_bytes(b"".join(storage.frame(block.encode()) for block in history.blocks))
+    (folder / "head").write_bytes(history.head().encode())
+
+
+def test_an_honest_ledger_is_ok_in_every_check_of_every_round(chain):
+    findings = _audit(chain, witness_head=Ledger.open(chain).head().encode())
+    assert _but(findings) == []
+    assert [finding.check for finding in findings[:2]] == ["structure", "witness"]
+    checks = [(finding.check, finding.round, finding.task) for finding in findings[2:]]
+    assert checks == [
+        (check, number, "segmentation")
+        for number in range(19)
+        for check in ("tensors", "epsilon", "configuration")
+    ]
+
+
+def test_a_changed_tensor_is_named_with_its_first_round(chain, leaves_of):
+    def swapped(record):
+        return leaves_of(9.0) if record.round in (5, 6) else dict(record.leaves)
+
+    bad = _but(_audit(chain, leaves=swapped), Status.OK)
+    bad = [finding for finding in bad if finding.status is Status.FAILED]
+    assert [(finding.check, finding.round, finding.leaf) for finding in bad] == [
+        ("tensors", 5, "capsules/kernel"),
+        ("tensors", 6, "capsules/kernel"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "leaf", "words"),
+    [
+        (lambda leaves: leaves.pop("head/bias"), "head/bias", "recorded but gone"),
+        (lambda leaves: leaves.update(extra="00" * 32), "extra", "not recorded"),
+        (lambda leaves: leaves.update(extra=None), "extra", "not recorded"),
+        (lambda leaves: leaves.update({"head/bias": "00" * 32}), "head/bias", "not the recorded one"),
+        (lambda leaves: leaves.update({"head/b": leaves.pop("head/bias")}), "head/b", "not recorded"),
+        (lambda leaves: leaves.update({3: 4}), None, "cannot be read back"),
+    ],
+)
+def test_tensors_that_are_gone_added_changed_or_renamed_fail(chain, change, leaf, words):
+    def recompute(record):
+        leaves = dict(record.leaves)
+        change(leaves)
+        return leaves
+
+    finding = _only(_audit(chain, leaves=recompute), "tensors", 0)
+    assert (finding.status, finding.leaf) == (Status.FAILED, leaf)
+    assert words in finding.detail
+
+
+def test_what_cannot_be_recomputed_is_unverifiable_never_ok(chain):
+    findings = _audit(chain, leaves=lambda _: None, epsilon=lambda _: None, configuration=None)
+    assert [finding.check for finding in findings if finding.status is Status.OK] == ["structure"]
+    assert {finding.status for finding in findings[1:]} == {Status.UNVERIFIABLE}
+    assert len(findings) == 2 + 3 * 19
+
+
+def test_what_breaks_while_it_is_recomputed_fails_and_stops_nothing(chain):
+    def broken(record):
+        if record.round == 2:
+            raise OSError("disk\nerror")
+        return dict(record.leaves)
+
+    def unable(record):
+        return "lots" if record.round == 3 else record.epsilon
+
+    bad = [
+        finding for finding in _audit(chain, leaves=broken, epsilon=unable) if finding.status is Status.FAILED
+    ]
+    assert [(finding.check, finding.round) for finding in bad] == [("tensors", 2), ("epsilon", 3)]
+    assert bad[0].detail == "cannot be read back: OSError: disk error"
+
+
+def test_an_understated_epsilon_fails_and_the_last_digits_of_a_platform_do_not(
+    tmp_path, owner, registrations, round_record
+):
+    with Ledger.create(tmp_path / "l", signer=owner, chain_id="c", registrations=registrations) as ledger:
+        ledger.append(round_record(0, epsilon="2.0"))
+        ledger.append(round_record(1, epsilon=None))
+        ledger.append(round_record(2, epsilon=None, noise_multiplier=None))
+
+    def epsilons(value):
+        return [
+            finding
+            for finding in _audit(tmp_path / "l", epsilon=lambda _: value)
+            if finding.check == "epsilon"
+        ]
+
+    first, second, third = epsilons("2.5")
+    assert "understated: recorded 2.0, recomputed 2.5" in first.detail
+    assert {first.status, second.status, third.status} == {Status.FAILED}
+    assert "overstated" in epsilons("1.5")[0].detail
+    assert epsilons("2.0000000000001")[0].status is Status.OK
+    assert epsilons("2.00001")[0].status is Status.FAILED
+    assert [(finding.round, finding.status) for finding in epsilons(None)] == [
+        (0, Status.UNVERIFIABLE),
+        (1, Status.UNVERIFIABLE),
+    ]
+
+
+def test_another_configuration_fails(chain):
+    finding = _only(_audit(chain, configuration="0d" * 32), "configuration", 4)
+    assert finding.status is Status.FAILED
+
+
+def test_a_manifest_alone_that_differs_is_neither_ok_nor_a_failure(
+    tmp_path, owner, registrations, round_record
+):
+    with Ledger.create(tmp_path / "l", signer=owner, chain_id="c", registrations=registrations) as ledger:
+        ledger.append(round_record(0, manifest=(("d/0", "00" * 32),)))
+
+    def manifest(recompute, **others):
+        return _only(_audit(tmp_path / "l", recompute_manifest=recompute, **others), "manifest", 0)
+
+    assert manifest(None).status is Status.UNVERIFIABLE
+    assert manifest(lambda _: {"d/0": "00" * 32}).status is Status.OK
+    changed = manifest(lambda _: {"d/0": "11" * 32})
+    assert (changed.status, changed.leaf) == (Status.UNVERIFIABLE, "d/0")
+    assert manifest(lambda _: {"d/0": "11" * 32}, leaves=lambda _: {}).status is Status.FAILED
+
+
+def test_a_rollback_of_the_whole_folder_shows_only_against_a_witness(chain, owner):
+    witness = Ledger.open(chain).head().encode()
+    _truncate(chain, 12, owner)
+    alone = _but(_audit(chain))
+    assert [(finding.check, finding.status) for finding in alone] == [("witness", Status.UNVERIFIABLE)]
+    (finding,) = _but(_audit(chain, witness_head=witness))
+    assert (finding.check, finding.status) == ("witness", Status.FAILED)
+    assert "rolled back" in finding.detail
+
+
+def test_a_rewritten_history_fails_against_a_witness_as_equivocation(chain, owner, round_record):
+    early = Ledger.open(chain)
+    witness = early.head().encode()
+    _truncate(chain, 12, owner)
+    with Ledger.open(chain, owner) as ledger:
+        for number in range(11, 25):
+            ledger.append(round_record(number, epsilon="11.5"))
+    assert [finding.check for finding in _but(_audit(chain))] == ["witness"]
+    (finding,) = _but(_audit(chain, witness_head=witness))
+    assert finding.status is Status.FAILED
+    assert "equivocation" in finding.detail
+    _truncate(chain, 20, owner)
+    assert SignedHead.decode(witness).contradicts(Ledger.open(chain).head())
+
+
+def test_an_older_honest_witness_is_extended(chain):
+    history = parse_whole(Ledger.open(chain).export())
+    for size in range(1, 21):
+        (finding,) = (
+            f for f in _audit(chain, witness_head=history.head(size).encode()) if f.check == "witness"
+        )
+        assert finding.status is Status.OK
+
+
+def test_a_witness_head_that_is_forged_foreign_or_no_head_fails(chain, tmp_path, owner, stranger):
+    head = Ledger.open(chain).head()
+    with Ledger.create(tmp_path / "other", signer=stranger, chain_id="trial-1") as other:
+        foreign = other.head().encode()
+    for data in (
+        b"",
+        b"\xff" * 50,
+        foreign,
+        dataclasses.replace(head, size=5).encode(),
+        dataclasses.replace(head, size=-1).encode(),
+        dataclasses.replace(head, signature=b"").encode(),
+        SignedHead.sign(owner, "trial-1", 0, head.root).encode(),
+        SignedHead.sign(owner, "trial-2", 20, head.root).encode(),
+    ):
+        (finding,) = (finding for finding in _audit(chain, witness_head=data) if finding.check == "witness")
+        assert finding.status is Status.FAILED
+
+
+def test_only_rounds_before_the_first_damaged_block_are_vouched_for(chain):
+    log = bytearray((chain / "log").read_bytes())
+    log[log.index(b'"round":9')] ^= 1
+    (chain / "log").write_bytes(bytes(log))
+    findings = _audit(chain)
+    assert findings[0].status is Status.FAILED
+    assert "block 10" in findings[0].detail
+    assert {finding.round for finding in findings[2:]} == set(range(9))
+
+
+def test_hostile_folders_give_findings_and_no_exception(chain, tmp_path):
+    log, head = (chain / "log").read_bytes(), (chain / "head").read_bytes()
+    chance = random.Random(6)
+    files = [
+        (b"", b""),
+        (log, b""),
+        (b"", head),
+        (chance.randbytes(5000), head),
+        (head, log),
+        (log[:-1], head),
+    ]
+    files += [
+        (log, b"[" * 4000),
+        (b"\xff" * 100, b'{"size":1}'),
+        (log, head.replace(b'"size":20', b'"size":0')),
+    ]
+    files += [
+        (log, head.replace(b'"size":20', b'"size":-3')),
+        (log, head.replace(b'"size":20', b'"size":[]')),
+    ]
+    for content in files:
+        (chain / "log").write_bytes(content[0])
+        (chain / "head").write_bytes(content[1])
+        findings = _audit(chain, witness_head=head)
+        assert findings[0].check == "structure"
+        assert findings[0].status is Status.FAILED
+        assert all("\n" not in finding.detail for finding in findings)
+    (chain / "head").write_bytes(head)
+    (chain / "log").unlink()
+    os.mkfifo(chain / "log")
+    for folder in (chain, tmp_path / "nowhere", tmp_path / "a\x00b", chain / "head"):
+        assert _audit(folder)[0].status is Status.FAILED

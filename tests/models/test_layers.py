@@ -1,0 +1,115 @@
+"""The layers against independent loops and JAX's own convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from capsfl.models.layers import Conv, ConvCapsules, DenseCapsules, PrimaryCapsules, capsule_lengths, convolve
+
+
+def _convolved(images, kernel, strides, padding):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(images, kernel, (strides, strides), padding, dimension_numbers=dimensions)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
+    kernel_size=st.integers(1, 5),
+    strides=st.integers(1, 3),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.sampled_from(["SAME", "VALID"]),
+    seed=st.integers(0, 2**16),
+)
+def test_convolution_by_slices_equals_lax(size, kernel_size, strides, channels, padding, seed):
+    generator = np.random.default_rng(seed)
+    images = jnp.asarray(generator.normal(size=(2, *size, channels[0])), jnp.float32)
+    kernel = jnp.asarray(generator.normal(size=(kernel_size, kernel_size, *channels)), jnp.float32)
+    found = convolve(images, kernel, strides=strides, padding=padding)
+    np.testing.assert_allclose(found, _convolved(images, kernel, strides, padding), rtol=1e-4, atol=1e-4)
+
+
+def test_convolution_by_slices_has_the_gradient_of_lax():
+    images = jax.random.normal(jax.random.key(0), (2, 8, 7, 3))
+    kernel = jax.random.normal(jax.random.key(1), (5, 5, 3, 4))
+
+    def gradient(function):
+        return jax.grad(lambda i, k: jnp.sum(jnp.sin(function(i, k, 2, "SAME"))), argnums=(0, 1))(images, kernel)
+
+    found = gradient(lambda i, k, strides, padding: convolve(i, k, strides=strides, padding=padding))
+    for left, right in zip(found, gradient(_convolved), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-4)
+
+
+def test_kernel_larger_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="larger than the image"):
+        convolve(jnp.zeros((1, 4, 4, 1)), jnp.zeros((5, 5, 1, 1)), padding="VALID")
+
+
+def test_kernel_for_other_channels_is_refused():
+    with pytest.raises(ValueError, match=r"\(1, 8, 8, 2\).*\(3, 3, 1, 4\)"):
+        convolve(jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 1, 4)))
+
+
+def test_lengths_are_norms_with_zero_gradient_at_the_zero_vector():
+    vectors = jnp.array([[0.0, 0.0], [0.3, 0.4]])
+    np.testing.assert_allclose(capsule_lengths(vectors), [0.0, 0.5], rtol=1e-6)
+    gradient = jax.grad(lambda v: jnp.sum(capsule_lengths(v)))(vectors)
+    np.testing.assert_allclose(gradient, [[0.0, 0.0], [0.6, 0.8]], rtol=1e-6)
+
+
+def test_primary_capsules_are_squashed_groups_of_channels():
+    layer = PrimaryCapsules(3, 4, 5, 3, strides=2, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(1), (2, 9, 9, 3))
+    capsules = np.asarray(layer(images), np.float64)
+    assert capsules.shape == (2, 4 * 4 * 4, 5)
+    channels = np.asarray(_convolved(images, layer.conv.kernel[...], 2, "VALID"), np.float64)
+    expected = channels[1, 2, 3].reshape(4, 5)
+    squares = np.sum(expected**2, axis=-1, keepdims=True)
+    expected = squares / (1 + squares) * expected / np.sqrt(squares)
+    np.testing.assert_allclose(capsules[1].reshape(4, 4, 4, 5)[2, 3], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dense_capsules_follow_procedure_1_of_the_paper():
+    layer = DenseCapsules(6, 3, 4, 5, num_iters=3, rngs=nnx.Rngs(0))
+    inputs = jax.random.normal(jax.random.key(1), (2, 6, 3))
+    weights = np.asarray(layer.weights[...], np.float64)
+    for example, found in zip(np.asarray(inputs, np.float64), np.asarray(layer(inputs)), strict=True):
+        votes = np.einsum("imkd,id->imk", weights, example)
+        logits = np.zeros((6, 4))
+        for _ in range(3):
+            coupling = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            total = np.einsum("im,imk->mk", coupling, votes)
+            squares = np.sum(total**2, axis=-1, keepdims=True)
+            output = squares / (1 + squares) * total / np.sqrt(squares)
+            logits += np.einsum("imk,mk->im", votes, output)
+        np.testing.assert_allclose(found, output, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("transpose", "size"), [(False, 4), (True, 16)])
+def test_convolutional_capsules_change_the_resolution_by_the_stride(transpose, size):
+    layer = ConvCapsules(3, 4, 6, 4, strides=2, transpose=transpose, rngs=nnx.Rngs(0))
+    outputs = layer(jnp.ones((2, 5, 8, 8, 3)))
+    assert outputs.shape == (2, 4, size, size, 6)
+    assert 0 < float(capsule_lengths(outputs).min()) <= float(capsule_lengths(outputs).max()) < 1
+
+
+def test_convolutional_capsules_start_he_normal_with_a_bias_of_a_tenth():
+    layer = ConvCapsules(32, 8, 32, 5, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(np.std(layer.kernel[...]), np.sqrt(2 / (5 * 5 * 32)), rtol=0.02)
+    np.testing.assert_array_equal(layer.bias[...], np.full((8, 32), 0.1, np.float32))
+
+
+def test_plain_convolution_vmapped_over_hospitals_equals_a_loop():
+    layers = [Conv(2, 3, 5, strides=2, rngs=nnx.Rngs(seed)) for seed in range(3)]
+    graph, _ = nnx.split(layers[0])
+    parameters = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[nnx.split(layer)[1] for layer in layers])
+    images = jax.random.normal(jax.random.key(0), (3, 2, 8, 8, 2))
+    together = jax.vmap(lambda p, i: nnx.merge(graph, p)(i))(parameters, images)
+    apart = jnp.stack([layer(image) for layer, image in zip(layers, images, strict=True)])
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-6)

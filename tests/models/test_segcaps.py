@@ -1,0 +1,170 @@
+"""SegCaps: the published sizes, honest ranges and gradients, and that it learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from capsfl.learning.losses import segmentation_loss
+from capsfl.models.segcaps import SegCaps, SegCapsConfig
+
+SMALL = SegCapsConfig(width=0.125)
+
+# Parameters per layer, LaLonde & Bagci 2018 (R3).
+PUBLISHED = {
+    "conv1": 416,
+    "primarycaps": 12_832,
+    "conv_cap_2_1": 25_664,
+    "conv_cap_2_2": 51_328,
+    "conv_cap_3_1": 205_056,
+    "conv_cap_3_2": 410_112,
+    "conv_cap_4_1": 409_856,
+    "deconv_cap_1_1": 131_328,
+    "deconv_cap_1_2": 102_528,
+    "deconv_cap_2_1": 32_832,
+    "deconv_cap_2_2": 25_664,
+    "deconv_cap_3_1": 8_224,
+    "seg_caps": 272,
+    "recon": 9_537,
+}
+
+
+def _count(module):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def _loss(graph, parameters, images, truth):
+    return segmentation_loss(nnx.merge(graph, parameters)(images, truth), images, truth)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return nnx.split(SegCaps(SMALL, rngs=nnx.Rngs(0)), nnx.Param)
+
+
+@pytest.fixture(scope="module")
+def gradient(small):
+    graph, _ = small
+    return jax.jit(jax.value_and_grad(lambda *arguments: _loss(graph, *arguments)))
+
+
+def test_every_layer_has_the_published_number_of_parameters():
+    model = SegCaps(SegCapsConfig.r3(), rngs=nnx.Rngs(0))
+    assert {name: _count(getattr(model, name)) for name in PUBLISHED} == PUBLISHED
+    assert _count(model) == sum(PUBLISHED.values()) == 1_425_649
+
+
+def test_without_reconstruction_the_head_is_gone():
+    model = SegCaps(SegCapsConfig(reconstruction=False), rngs=nnx.Rngs(0))
+    assert _count(model) == 1_416_112
+
+
+def test_r1_routes_only_where_the_resolution_changes():
+    model = SegCaps(SegCapsConfig.r1(), rngs=nnx.Rngs(0))
+    routed = {name for name in PUBLISHED if getattr(getattr(model, name), "num_iters", 1) == 3}
+    assert routed == {"conv_cap_2_2", "conv_cap_3_2", "deconv_cap_1_1", "deconv_cap_2_1", "deconv_cap_3_1"}
+
+
+def test_r3_routes_every_layer_after_the_first_two_capsule_layers():
+    model = SegCaps(SegCapsConfig.r3(), rngs=nnx.Rngs(0))
+    unrouted = {name for name in PUBLISHED if getattr(getattr(model, name), "num_iters", 1) == 1}
+    assert unrouted == {"conv1", "primarycaps", "conv_cap_2_1", "recon"}
+
+
+def test_output_has_the_shape_of_the_image_and_lengths_below_one(small):
+    model = nnx.merge(*small)
+    output = jax.jit(lambda images: model(images))(jax.random.normal(jax.random.key(0), (2, 16, 24, 1)))
+    assert output.lengths.shape == output.reconstruction.shape == (2, 16, 24)
+    assert 0 <= float(output.lengths.min()) <= float(output.lengths.max()) < 1
+    assert 0 <= float(output.reconstruction.min()) <= float(output.reconstruction.max()) <= 1
+
+
+def test_five_slices_give_one_mask():
+    model = SegCaps(SegCapsConfig(width=0.1, in_channels=5, num_iters=1), rngs=nnx.Rngs(0))
+    assert model(jnp.zeros((1, 8, 8, 5))).lengths.shape == (1, 8, 8)
+
+
+def test_truth_hides_the_background_from_the_reconstruction_alone(small):
+    model = nnx.merge(*small)
+    forward = jax.jit(lambda images, truth: model(images, truth))
+    images = jax.random.normal(jax.random.key(0), (1, 16, 16, 1))
+    truth = jnp.zeros((1, 16, 16)).at[0, 4:8, 4:8].set(1)
+    seen, hidden = forward(images, truth), forward(images, jnp.zeros((1, 16, 16)))
+    np.testing.assert_array_equal(seen.lengths, hidden.lengths)
+    differs = np.asarray(seen.reconstruction != hidden.reconstruction)
+    assert differs.any()
+    assert not differs[np.asarray(truth) == 0].any()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 0.5])
+@pytest.mark.parametrize("foreground", [0.0, 1.0])
+def test_gradients_are_finite_for_constant_images(small, gradient, value, foreground):
+    images = jnp.full((4, 32, 32, 1), value)
+    loss, slopes = gradient(small[1], images, jnp.full((4, 32, 32), foreground))
+    assert np.isfinite(loss)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+
+
+def test_learns_to_segment_disks(small, gradient):
+    rows, columns = np.mgrid[:32, :32]
+    centres = [(10, 12, 6), (20, 18, 7), (16, 9, 5), (14, 22, 8)]
+    truth = np.stack([np.hypot(rows - y, columns - x) < radius for y, x, radius in centres])
+    noise = np.random.default_rng(0).normal(scale=0.08, size=truth.shape)
+    images = jnp.asarray(np.clip(-0.25 + 0.4 * truth + noise, -0.5, 0.5)[..., None], jnp.float32)
+    truth = jnp.asarray(truth, jnp.float32)
+
+    graph, parameters = small
+    optimizer = optax.adam(1e-2)
+    state = optimizer.init(parameters)
+
+    @jax.jit
+    def update(parameters, state, slopes):
+        updates, state = optimizer.update(slopes, state)
+        return optax.apply_updates(parameters, updates), state
+
+    for _ in range(80):
+        _, slopes = gradient(parameters, images, truth)
+        parameters, state = update(parameters, state, slopes)
+    prediction = np.asarray(nnx.merge(graph, parameters)(images).lengths) > 0.5
+    expected = np.asarray(truth) > 0
+    assert 2 * np.sum(prediction & expected) / (prediction.sum() + expected.sum()) > 0.9
+
+
+def test_vmapped_over_hospitals_equals_a_loop(small, gradient):
+    graph, _ = small
+    hospitals = [nnx.state(SegCaps(SMALL, rngs=nnx.Rngs(seed)), nnx.Param) for seed in range(2)]
+    images = jax.random.uniform(jax.random.key(0), (2, 4, 32, 32, 1)) - 0.5
+    truth = (images[..., 0] > 0).astype(jnp.float32)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *hospitals)
+    together = jax.jit(jax.vmap(lambda *arguments: _loss(graph, *arguments)))(stacked, images, truth)
+    apart = [gradient(*each)[0] for each in zip(hospitals, images, truth, strict=True)]
+    np.testing.assert_allclose(together, jnp.stack(apart), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "truth", "message"),
+    [
+        ((1, 20, 16, 1), None, r"\(1, 20, 16, 1\).*divisible by 8"),
+        ((1, 16, 16, 3), None, r"\(1, 16, 16, 3\): expected \(batch, height, width, 1\)"),
+        ((16, 16, 1), None, r"\(16, 16, 1\): expected"),
+        ((1, 16, 16, 1), (1, 16, 8), r"truth \(1, 16, 8\) does not fit images"),
+    ],
+)
+def test_impossible_shapes_are_named(small, images, truth, message):
+    model = nnx.merge(*small)
+    with pytest.raises(ValueError, match=message):
+        model(jnp.zeros(images), None if truth is None else jnp.zeros(truth))
+
+
+def test_narrow_networks_keep_two_channels():
+    model = SegCaps(SegCapsConfig(width=0.01, num_iters=1), rngs=nnx.Rngs(0))
+    assert model.conv1.kernel.shape == (5, 5, 1, 2)
+    assert model.seg_caps.kernel.shape == (1, 1, 2, 1, 2)
+
+
+@pytest.mark.parametrize("settings", [{"width": 0.0}, {"width": -1.0}, {"num_iters": 2}, {"in_channels": 0}])
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        SegCapsConfig(**settings)
