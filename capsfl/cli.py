@@ -49,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
+        if error.errno is None:
+            _fail(str(error))
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror or error}; check the path, its permissions and the free space")
+        _fail(f"{place}{error.strerror}; check the path, its permissions and the free space")
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to resume", code=130)
     sys.exit(code)

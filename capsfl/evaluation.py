@@ -160,7 +160,10 @@ def _segmentation_results(
             for name in sorted({row["hospital"] for row in rows})
         },
         "controls": {
-            f"HU threshold {controls.threshold_hu:.0f}": {"dice": _mean(list(controls.threshold_dice.values()))}
+            "HU threshold": {
+                "dice": _mean(list(controls.threshold_dice.values())),
+                "threshold_hu": controls.threshold_hu,
+            }
         },
         "patients": rows,
     }

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.config import disable_value_validation
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels import get_decoder  # pyright: ignore[reportPrivateImportUsage]
-from pydicom.uid import (
-    CTImageStorage,
-    EnhancedCTImageStorage,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-)
+from pydicom.dataset import Dataset
 
 from capsfl.ct import errors
-from capsfl.ct.scan import AIR_HU, PADDING_HU, Scan, ScanSource, as_rows, orient, to_patient_axes
+from capsfl.ct.scan import Scan, ScanSource, as_rows, orient, to_patient_axes
+from capsfl.ct.slices import (
+    DicomSlice,
+    header_number,
+    header_text,
+    read_header,
+    reason_to_skip,
+    slice_of,
+    stored_values,
+    to_hounsfield,
+)
 from capsfl.ct.stack import Stack, correct_tilt, fill_missing, stack_slices
 
 __all__ = ["Scan", "ScanSource", "SeriesSummary", "list_series", "read_dicom"]
@@ -33,26 +33,6 @@ __all__ = ["Scan", "ScanSource", "SeriesSummary", "list_series", "read_dicom"]
 logger = logging.getLogger(__name__)
 
 MIN_SLICES = 4
-DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
-DEFERRED_BYTES = 1 << 15  # pixels stay in the file until their series has been chosen
-REFORMATTED = {"MIP", "MINIP", "MPR", "REFORMATTED", "PROJECTION IMAGE", "VOLREN", "SCREEN SAVE"}
-READ = (
-    *(
-        "SOPClassUID",
-        "Modality",
-        "ImageType",
-        "NumberOfFrames",
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-    ),
-    *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "BurnedInAnnotation"),
-    *("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns", "SliceThickness"),
-    *("RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit"),
-    *("Manufacturer", "ManufacturerModelName", "ConvolutionKernel", "KVP"),
-)
-"""All that is ever read beside the pixels; the identifiers among it leave only as a salted hash."""
-
-HOUNSFIELD_TYPES = {"", "HU", "HU_MOD", "US"}  # US is "unspecified", which anonymisers write
 
 
 @dataclass(frozen=True)
@@ -75,17 +55,6 @@ class SeriesSummary:
             f"{self.number}: {self.slices} slices of {self.rows}x{self.columns}, {spacing:.3f} mm, "
             f"kernel {self.kernel or 'unknown'}, UID ...{self.uid[-12:]}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _File:
-    path: Path
-    header: Dataset
-    orientation: np.ndarray  # (6,) row and column cosines
-    position: np.ndarray  # (3,) LPS mm
-    pixel_spacing: tuple[float, float]  # mm between rows, between columns
-    rows: int
-    columns: int
 
 
 def list_series(folder_or_files: Path | Iterable[Path]) -> tuple[SeriesSummary, ...]:
@@ -144,7 +113,7 @@ def _quiet_pydicom() -> Iterator[None]:
             log.disabled = disabled
 
 
-def _series_groups(folder_or_files: Path | Iterable[Path]) -> tuple[Path, list[list[_File]]]:
+def _series_groups(folder_or_files: Path | Iterable[Path]) -> tuple[Path, list[list[DicomSlice]]]:
     """Usable files by study, series and grid; the reasons for the others go to the log and to the errors."""
     if isinstance(folder_or_files, str | Path):
         place = Path(folder_or_files)
@@ -157,15 +126,15 @@ def _series_groups(folder_or_files: Path | Iterable[Path]) -> tuple[Path, list[l
     if not paths:
         raise errors.NoSeries(place, "the folder is empty", "give the folder that holds the series' files")
 
-    files: list[_File] = []
+    files: list[DicomSlice] = []
     skipped: Counter[str] = Counter()
     refusal: errors.ScanError | None = None
     for path in paths:
-        header = _read_header(path, named=path == place)
-        reason = "not DICOM" if header is None else _reason_to_skip(header)
+        header = read_header(path, named=path == place)
+        reason = "not DICOM" if header is None else reason_to_skip(header)
         if header is not None and reason is None:
             try:
-                files.append(_geometry(path, header))
+                files.append(slice_of(path, header))
                 continue
             except (errors.UnsupportedMultiframe, errors.UnsupportedColor) as error:
                 refusal = refusal or error
@@ -182,90 +151,8 @@ def _series_groups(folder_or_files: Path | Iterable[Path]) -> tuple[Path, list[l
     return place, _group(files)
 
 
-def _read_header(path: Path, *, named: bool) -> Dataset | None:
-    """The data set with its pixels still on disk; None for a file that never claimed to be DICOM."""
-    claims = named or path.suffix.lower() in DICOM_SUFFIXES
-    try:
-        if path.stat().st_size == 0 and claims:
-            raise errors.CorruptFile(path, "the file is empty", "copy it again from its source")
-        header = pydicom.dcmread(path, defer_size=DEFERRED_BYTES)
-        for keyword in READ:  # values are converted on first use, which fails here or never
-            header.get(keyword)
-        return header
-    except errors.ScanError:
-        raise
-    except InvalidDicomError:
-        if path.suffix.lower() not in DICOM_SUFFIXES and path.suffix and not path.suffix[1:].isdigit():
-            if named:
-                raise errors.NotDicom(path, "not a DICOM file", "give a DICOM series or NIfTI") from None
-            return None
-    except Exception as error:  # a damaged header makes pydicom raise anything from struct.error on
-        raise errors.CorruptFile(path, f"unreadable ({_line(error)})", "copy it again") from error
-    # No preamble: old archives write bare data sets, which are DICOM all the same.
-    try:
-        header = pydicom.dcmread(path, defer_size=DEFERRED_BYTES, force=True)
-        if all(header.get(keyword) is not None for keyword in ("SOPClassUID", "Rows")):
-            for keyword in READ:
-                header.get(keyword)
-            return header
-    except Exception:  # any bytes at all arrive here
-        logger.debug("%s: not DICOM without a preamble either", path)
-    if claims:
-        raise errors.NotDicom(path, "not a DICOM file", "remove it or copy it again from its source")
-    return None
-
-
-def _reason_to_skip(header: Dataset) -> str | None:
-    sop_class = header.get("SOPClassUID")
-    if sop_class is not None and sop_class not in (CTImageStorage, EnhancedCTImageStorage):
-        name = getattr(sop_class, "name", "")
-        return f"{name}, not CT" if name and not name[0].isdigit() else "not CT"
-    modality = header.get("Modality")
-    if modality not in (None, "", "CT") or (sop_class is None and modality != "CT"):
-        return "not CT"
-    kinds = {str(value).upper() for value in _several(header.get("ImageType"))}
-    if "LOCALIZER" in kinds:
-        return "localizer"
-    if kinds & REFORMATTED or ("DERIVED" in kinds and "AXIAL" not in kinds):
-        return "derived image"
-    return None
-
-
-def _geometry(path: Path, header: Dataset) -> _File:
-    frames, samples = _number(header, "NumberOfFrames"), _number(header, "SamplesPerPixel")
-    if header.get("SOPClassUID") == EnhancedCTImageStorage or (frames or 1) > 1:
-        raise errors.UnsupportedMultiframe(
-            path, "enhanced multi-frame CT", "convert it to single-frame CT or to NIfTI (dcm2niix)"
-        )
-    color = str(header.get("PhotometricInterpretation", "MONOCHROME2"))
-    if (samples or 1) != 1 or not color.startswith("MONOCHROME"):
-        raise errors.UnsupportedColor(
-            path, "colour pixels, not Hounsfield units", "give the original CT slices, not screen captures"
-        )
-    try:
-        orientation = np.array([float(value) for value in header.ImageOrientationPatient])
-        position = np.array([float(value) for value in header.ImagePositionPatient])
-        row_spacing, column_spacing = (float(value) for value in header.PixelSpacing)
-        rows, columns = int(header.Rows), int(header.Columns)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise errors.InconsistentGeometry(
-            path, f"position, orientation or pixel spacing is absent ({_line(error)})", "export it again"
-        ) from error
-    unit = np.array([orientation[:3] @ orientation[:3], orientation[3:] @ orientation[3:]])
-    finite = np.all(np.isfinite(np.concatenate([orientation, position])))
-    if not finite or np.abs(unit - 1).max() > 1e-3 or abs(orientation[:3] @ orientation[3:]) > 1e-3:
-        raise errors.InconsistentGeometry(
-            path, "the orientation's two directions are not orthogonal unit vectors", "export it again"
-        )
-    if not (0 < row_spacing < np.inf and 0 < column_spacing < np.inf):
-        raise errors.InconsistentGeometry(
-            path, f"pixel spacing {row_spacing} x {column_spacing} mm", "export the series again"
-        )
-    return _File(path, header, orientation, position, (row_spacing, column_spacing), rows, columns)
-
-
-def _group(files: list[_File]) -> list[list[_File]]:
-    groups: list[list[_File]] = []
+def _group(files: list[DicomSlice]) -> list[list[DicomSlice]]:
+    groups: list[list[DicomSlice]] = []
     for file in files:
         for group in groups:
             first = group[0]
@@ -282,7 +169,7 @@ def _group(files: list[_File]) -> list[list[_File]]:
     return sorted(groups, key=lambda group: (_uid(group[0]), -len(group)))
 
 
-def _choose(groups: list[list[_File]], series: str | None, place: Path) -> list[_File]:
+def _choose(groups: list[list[DicomSlice]], series: str | None, place: Path) -> list[DicomSlice]:
     summaries = _summaries(groups, place)
     if series is not None:
         chosen = [
@@ -315,7 +202,7 @@ def _choose(groups: list[list[_File]], series: str | None, place: Path) -> list[
 
 
 def _assemble(
-    files: list[_File],
+    files: list[DicomSlice],
     place: Path,
     allow_interpolation: bool,
     allow_tilt_correction: bool,
@@ -325,7 +212,7 @@ def _assemble(
 
     def stored(index: int) -> np.ndarray:
         if index not in pixels:
-            pixels[index] = _stored_values(files[index])
+            pixels[index] = stored_values(files[index])
         return pixels[index]
 
     first = files[0]
@@ -346,7 +233,7 @@ def _assemble(
     hu = np.empty((len(stack.order), first.rows, first.columns), np.float32)
     valid = np.ones(hu.shape, bool)
     for target, index in enumerate(stack.order):
-        _to_hounsfield(files[index], stored(index), hu[target], valid[target])
+        to_hounsfield(files[index], stored(index), hu[target], valid[target])
         pixels.pop(index)
     hu, valid = fill_missing(hu, valid, stack)
     if stack.tilt_degrees:
@@ -355,7 +242,7 @@ def _assemble(
 
 
 def _scan(
-    hu: np.ndarray, valid: np.ndarray, stack: Stack, files: list[_File], place: Path, salt: bytes | None
+    hu: np.ndarray, valid: np.ndarray, stack: Stack, files: list[DicomSlice], place: Path, salt: bytes | None
 ) -> Scan:
     shape = (hu.shape[0], hu.shape[1], hu.shape[2])
     axes, flips, affine = orient(stack.affine, shape, place=place)
@@ -370,11 +257,11 @@ def _scan(
         affine=as_rows(stack.affine),
         axes=axes,
         flips=flips,
-        manufacturer=_text(header, "Manufacturer"),
-        model=_text(header, "ManufacturerModelName"),
-        kernel=_text(header, "ConvolutionKernel"),
-        slice_thickness_mm=_number(header, "SliceThickness"),
-        tube_voltage_kv=_number(header, "KVP"),
+        manufacturer=header_text(header, "Manufacturer"),
+        model=header_text(header, "ManufacturerModelName"),
+        kernel=header_text(header, "ConvolutionKernel"),
+        slice_thickness_mm=header_number(header, "SliceThickness"),
+        tube_voltage_kv=header_number(header, "KVP"),
         burned_in_annotation=burned_in,
         dropped_duplicates=len(files) - len(stack.order),
         interpolated_slices=stack.missing,
@@ -384,76 +271,7 @@ def _scan(
     return Scan(oriented, np.ascontiguousarray(to_patient_axes(valid, axes, flips)), affine, source)
 
 
-def _stored_values(file: _File) -> np.ndarray:
-    """Decode a slice as its stored integers, (rows, columns)."""
-    header = file.header
-    if not isinstance(getattr(header, "file_meta", None), FileMetaDataset):
-        header.file_meta = FileMetaDataset()
-    if "TransferSyntaxUID" not in header.file_meta:
-        implicit, little = header.original_encoding
-        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-    syntax = header.file_meta.TransferSyntaxUID
-    if syntax.is_compressed:
-        try:
-            available = get_decoder(syntax).is_available
-        except NotImplementedError:
-            available = False
-        if not available:
-            raise errors.MissingDecoder(
-                file.path, f"compressed as {syntax.name}", "decode it with: pip install 'capsfl[dicom]'"
-            )
-    try:
-        stored = header.pixel_array
-    except Exception as error:  # decoders are third-party code: whatever they raise, the file is at fault
-        raise errors.CorruptFile(
-            file.path, f"the pixels do not decode ({_line(error)})", "copy or export the slice again"
-        ) from error
-    if stored.shape != (file.rows, file.columns):
-        raise errors.CorruptFile(
-            file.path,
-            f"pixels of shape {stored.shape}, header says {file.rows}x{file.columns}",
-            "export it again",
-        )
-    return stored
-
-
-def _to_hounsfield(file: _File, stored: np.ndarray, hu: np.ndarray, valid: np.ndarray) -> None:
-    """Write one slice's Hounsfield units and validity in place; padding is found before the rescale."""
-    header = file.header
-    slope, intercept = _number(header, "RescaleSlope"), _number(header, "RescaleIntercept")
-    kind = _text(header, "RescaleType").upper()
-    if slope is None or intercept is None or slope == 0 or kind not in HOUNSFIELD_TYPES:
-        fault = "no usable RescaleSlope and RescaleIntercept"
-        if kind not in HOUNSFIELD_TYPES:
-            fault = "RescaleType is not HU"
-        raise errors.MissingRescale(file.path, fault, "Hounsfield units are never guessed: export it again")
-    np.multiply(stored, np.float32(slope), out=hu, casting="unsafe")
-    hu += np.float32(intercept)
-    padding = hu < PADDING_HU
-    for low, high in _padding_ranges(header, stored.dtype):
-        padding |= (stored >= low) & (stored <= high)
-    np.logical_not(padding, out=valid)
-    hu[padding] = AIR_HU
-
-
-def _padding_ranges(header: Dataset, dtype: np.dtype) -> Iterator[tuple[int, int]]:
-    value, limit = _number(header, "PixelPaddingValue"), _number(header, "PixelPaddingRangeLimit")
-    if value is None:
-        return
-    limits = np.iinfo(dtype)
-
-    def fitted(number: int) -> int:
-        # Writers store the signed -2000 as the unsigned 63536 and the other way round.
-        span = 1 << limits.bits
-        return number if limits.min <= number <= limits.max else (number - limits.min) % span + limits.min
-
-    low = fitted(int(value))
-    high = low if limit is None else fitted(int(limit))
-    yield min(low, high), max(low, high)
-
-
-def _summaries(groups: list[list[_File]], place: Path) -> tuple[SeriesSummary, ...]:
+def _summaries(groups: list[list[DicomSlice]], place: Path) -> tuple[SeriesSummary, ...]:
     return tuple(
         SeriesSummary(
             number,
@@ -462,13 +280,13 @@ def _summaries(groups: list[list[_File]], place: Path) -> tuple[SeriesSummary, .
             group[0].rows,
             group[0].columns,
             group[0].pixel_spacing,
-            _text(group[0].header, "ConvolutionKernel"),
+            header_text(group[0].header, "ConvolutionKernel"),
         )
         for number, group in enumerate(groups, start=1)
     )
 
 
-def _uid(file: _File) -> tuple[str, str]:
+def _uid(file: DicomSlice) -> tuple[str, str]:
     return str(file.header.get("StudyInstanceUID", "")), str(file.header.get("SeriesInstanceUID", ""))
 
 
@@ -476,28 +294,3 @@ def _pseudonym(header: Dataset, salt: bytes | None) -> str:
     identity = str(header.get("PatientID") or header.get("StudyInstanceUID") or "")
     digest = hashlib.sha256((salt or secrets.token_bytes(32)) + identity.encode())
     return f"patient-{digest.hexdigest()[:16]}"
-
-
-def _text(header: Dataset, keyword: str) -> str:
-    value = header.get(keyword)
-    return " ".join(str(part) for part in _several(value)).strip()[:64]
-
-
-def _number(header: Dataset, keyword: str) -> float | None:
-    try:
-        number = float(header.get(keyword))  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
-        return None
-    return number if np.isfinite(number) else None
-
-
-def _several(value: object) -> list[object]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-
-
-def _line(error: Exception) -> str:
-    """The first line of a library's message, short enough for one of ours."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:120]

@@ -8,6 +8,8 @@ from scipy import ndimage
 AIR_BELOW_HU = -320.0
 """Halfway between aerated lung (about -860) and soft tissue (about 40), rounded up: the usual threshold."""
 AIRWAY_BELOW_HU = -930.0
+GAS_BELOW_HU = -950.0
+"""Mean of a stomach or bowel full of gas, which even an emphysematous lung does not reach."""
 AIRWAY_MAX_AREA_MM2 = 1000.0
 LUNG_MIN_ML = 50.0
 LUNG_MIN_SHARE = 0.12
@@ -39,7 +41,9 @@ def lung_mask(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndar
     if count == 0:
         return inner
     voxel_ml = float(np.prod(spacing_mm)) / 1000
-    volumes = np.bincount(labels.ravel())[1:] * voxel_ml
+    voxels = np.bincount(labels.ravel())[1:]
+    mean_hu = np.bincount(labels.ravel(), weights=np.asarray(hu).ravel())[1:] / voxels
+    volumes = voxels * voxel_ml * (mean_hu >= GAS_BELOW_HU)
     keep = (volumes >= LUNG_MIN_ML) & (volumes >= LUNG_MIN_SHARE * volumes.max())
     lungs = np.concatenate([[False], keep])[labels]
     return _closed(lungs, spacing_mm)

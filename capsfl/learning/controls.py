@@ -11,14 +11,17 @@ from capsfl.learning.patients import Patient
 DENSE_HU = -700.0
 """Aerated lung is below this; ground glass, consolidation, vessels and walls are above it."""
 
+CANDIDATES_HU = (-1024, *range(-800, -199, 50))
+"""Thresholds tried on the training patients; the lowest one marks the whole lung."""
+
 
 def segment_by_threshold(patient: Patient, threshold_hu: float) -> np.ndarray:
     """Marks every lung voxel at or above a threshold, `(z, y, x)` bool."""
     return lung_mask(patient.hu, patient.spacing_mm) & (patient.hu >= threshold_hu)
 
 
-def fit_threshold(patients: Sequence[Patient], candidates: Sequence[float] = tuple(range(-800, -199, 50))) -> float:
-    """Returns the threshold in HU with the best mean Dice over patients that have a lesion: the fairest control."""
+def fit_threshold(patients: Sequence[Patient], candidates: Sequence[float] = CANDIDATES_HU) -> float:
+    """Returns the threshold in HU with the best mean Dice over patients that have a mask: the fairest control."""
     lungs = [(p, lung_mask(p.hu, p.spacing_mm)) for p in patients if p.truth is not None and p.truth.any()]
     if not lungs:
         return DENSE_HU

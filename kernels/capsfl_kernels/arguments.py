@@ -36,6 +36,14 @@ def choose_implementation(
     return "reference" if names[0] == "reference" else "streamed"
 
 
+def working_set(*, cpu: int, accelerator: int) -> int:
+    """Bytes that one block of work should take on the machine at hand.
+
+    On a CPU a block should stay in the caches; an accelerator wants enough of it to fill all its cores.
+    """
+    return cpu if jax.default_backend() == "cpu" else accelerator
+
+
 def check_routing(operator: str, num_iters: int, gradient: str, block_size: int | None) -> None:
     """Refuses a number of iterations, a gradient mode or a block size that has no meaning."""
     if isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 1:

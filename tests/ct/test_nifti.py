@@ -21,16 +21,10 @@ def save(path, values, affine, dtype=np.float32, codes=1):
 def ras_volume(axes: str, field, shape=(7, 8, 9)):
     """The position field sampled on a grid whose axes point to the named RAS directions."""
     affine = np.eye(4)
-    columns = {
-        "R": (1, 0, 0),
-        "L": (-1, 0, 0),
-        "A": (0, 1, 0),
-        "P": (0, -1, 0),
-        "S": (0, 0, 1),
-        "I": (0, 0, -1),
-    }
+    right, anterior, superior = np.eye(3)
+    columns = {"R": right, "L": -right, "A": anterior, "P": -anterior, "S": superior, "I": -superior}
     for axis, (name, spacing) in enumerate(zip(axes, (2.0, 3.0, 5.0), strict=True)):
-        affine[:3, axis] = np.array(columns[name]) * spacing
+        affine[:3, axis] = columns[name] * spacing
     affine[:3, 3] = (11.0, -7.0, 4.0)
     i, j, k = np.indices(shape)
     ras = np.einsum("ab,bijk->aijk", affine[:3, :3], np.stack([i, j, k])) + affine[:3, 3][:, None, None, None]

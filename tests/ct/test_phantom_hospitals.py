@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from pydicom.uid import CTImageStorage
 
 from capsfl.ct.phantom import (
     SCANNERS,
@@ -135,7 +136,7 @@ def test_each_series_is_a_valid_evenly_spaced_ct_series(phantom, rows):
             assert slice_.file_meta.MediaStorageSOPInstanceUID == slice_.SOPInstanceUID
             assert slice_.SOPInstanceUID.is_valid
             assert slice_.SOPInstanceUID.startswith("2.25.")
-            assert slice_.SOPClassUID == pydicom.uid.CTImageStorage
+            assert slice_.SOPClassUID == CTImageStorage
             assert slice_.Modality == "CT"
             assert slice_.ManufacturerModelName == scanner.model
             assert list(slice_.ImageOrientationPatient) == [1, 0, 0, 0, 1, 0]
@@ -160,7 +161,7 @@ def test_stored_values_rescale_to_the_acquired_hounsfield_units(phantom, rows):
     first = [float(v) for v in series[0].ImagePositionPatient]
     np.testing.assert_allclose(first, geometry.origin_mm, atol=1e-4)
 
-    image = nibabel.load(phantom / row["mask"])
+    image = nibabel.Nifti1Image.from_filename(phantom / row["mask"])
     np.testing.assert_array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), lesion)
     index = np.array([7, 11, 3, 1.0])  # i, j, k
     in_lps = geometry.affine @ index[[2, 1, 0, 3]]
@@ -169,7 +170,7 @@ def test_stored_values_rescale_to_the_acquired_hounsfield_units(phantom, rows):
 
 def test_masks_are_empty_for_negatives_and_only_for_them(phantom, rows):
     for row in rows:
-        mask = np.asarray(nibabel.load(phantom / row["mask"]).dataobj)
+        mask = np.asarray(nibabel.Nifti1Image.from_filename(phantom / row["mask"]).dataobj)
         assert mask.dtype == np.uint8
         assert set(np.unique(mask)) == ({0, 1} if row["label"] == "1" else {0})
 

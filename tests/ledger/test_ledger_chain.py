@@ -153,6 +153,26 @@ def test_a_block_forged_with_another_key_is_refused(chain, owner, stranger, roun
     history.extend(block)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("chain_id", "trial-2"),
+        ("height", 21),
+        ("previous", "00" * 32),
+        ("records_root", "00" * 32),
+        ("signer", "00" * 32),
+    ],
+)
+def test_even_the_owner_cannot_sign_a_block_with_a_wrong_header(chain, owner, round_record, field, value):
+    history = parse_whole((chain / "log").read_bytes())
+    block = dataclasses.replace(history.next_block((round_record(19),), owner), **{field: value})
+    root = merkle.root([*history.hashes, block.hash()])
+    signature = SignedHead.sign(owner, "trial-1", 21, root).signature
+    with pytest.raises(DamageError, match=f"block 20: {field} is"):
+        history.extend(dataclasses.replace(block, signature=signature))
+    assert len(history.blocks) == 20
+
+
 @pytest.mark.parametrize("size", [1, 8, 19])
 def test_a_log_cut_below_its_head_is_damage_never_a_shorter_ledger(chain, owner, size):
     payloads = _payloads((chain / "log").read_bytes())
@@ -183,6 +203,8 @@ def test_a_torn_record_at_every_offset_is_dropped_and_a_whole_one_kept(
                 parse_whole(new_log[:size])
     tails = [random.Random(5).randbytes(size) for size in (1, 7, 8, 9, 200)]
     tails += [new_log[len(old_log) : size] for size in (len(old_log) + 5, len(new_log) - 1)]
+    # Power may fail with the length of the file on disk but not all of its pages.
+    tails.append(new_log[len(old_log) : -100] + bytes(100))
     for tail in tails:
         (folder / "log").write_bytes(old_log + tail)
         (folder / "head").write_bytes(old_head)
@@ -412,6 +434,10 @@ def test_heads_that_are_no_heads_are_refused(chain):
     for data in (b"", b"{}", b"[]", b"null", head + b"\n", head.replace(b'"size":20', b'"size":true')):
         with pytest.raises(LedgerError):
             SignedHead.decode(data)
+    for size in (b"0", b"-1", b"19", b"21"):
+        (chain / "head").write_bytes(head.replace(b'"size":20', b'"size":' + size))
+        with pytest.raises(DamageError):
+            Ledger.open(chain)
     (chain / "head").write_bytes(b"x" * 5000)
     with pytest.raises(StorageError, match="larger than"):
         Ledger.open(chain)

@@ -70,8 +70,8 @@ def rotate(x: Float, y: Float, degrees: float) -> tuple[Float, Float]:
 def multiply(left: Float, right: Float) -> Float:
     """Matrix product whose bits do not depend on the number of threads.
 
-    BLAS shares large products out among threads, and the way it cuts them changes the last bits, which noise and
-    rounding would carry into the files. Blocks of rows below its threading threshold are never shared out.
+    BLAS shares large products out among threads, and where it cuts them changes the last bits, which rounding
+    would carry into the files. Blocks of rows below its threading threshold are never shared out.
     """
     rows = max(1, _UNTHREADED_PRODUCT // right.size)
     whole = len(left) // rows * rows

@@ -3,27 +3,22 @@
 The residuals of a layer are its inputs. Its backward pass forms the votes of each strip again, differentiates the
 strip, adds up the gradient of the kernel and lays the strips' input gradients over each other.
 
-Under vmap with a kernel per example (one model per hospital), the layer runs one example after the other: XLA would
-make one grouped convolution of them, whose gradient on a CPU is some twenty times slower than the single ones.
+Under vmap with a kernel per example (one model per hospital) the examples take turns, so a vmap costs the memory of
+one of them; see `convolution` for why that is also the fast way.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_batching import custom_vmap
 
-from capsfl_kernels.arguments import common_variation
+from capsfl_kernels.arguments import common_variation, working_set
+from capsfl_kernels.convolutional.convolution import convolve, in_turns
 from capsfl_kernels.convolutional.geometry import Geometry
 from capsfl_kernels.votes.streamed import Routing
-
-# Votes of one strip. On a CPU a strip should stay near the caches; an accelerator wants work for all its cores.
-_STRIP_BYTES = {"cpu": 8 << 20}
-_STRIP_BYTES_ACCELERATOR = 256 << 20
 
 
 class _Layer(NamedTuple):
@@ -68,7 +63,7 @@ def route(
     batch, types = inputs.shape[:2]
     layer = _Layer(geometry, routing, 1, precision)
     height, width = layer.grid
-    budget = _STRIP_BYTES.get(jax.default_backend(), _STRIP_BYTES_ACCELERATOR)
+    budget = working_set(cpu=2 << 20, accelerator=256 << 20)  # votes of one strip
     row_bytes = bias.dtype.itemsize * layer.phases**2 * batch * types * width * bias.size
     rows = min(block_size or max(1, budget // row_bytes), height)
     strips = -(-height // rows)
@@ -78,16 +73,7 @@ def route(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _route(inputs: jax.Array, kernel: jax.Array, bias: jax.Array, layer: _Layer) -> jax.Array:
-    run = custom_vmap(functools.partial(_run, layer))
-
-    @run.def_vmap
-    def _(size: int, batched: tuple[bool, ...], inputs: jax.Array, kernel: jax.Array, bias: jax.Array):
-        if any(batched[1:]):
-            return _one_by_one(run, batched, (inputs, kernel, bias)), True
-        folded = run(inputs.reshape(-1, *inputs.shape[2:]), kernel, bias)
-        return folded.reshape(size, -1, *folded.shape[1:]), True
-
-    return run(inputs, kernel, bias)
+    return in_turns(functools.partial(_run, layer), foldable=True)(inputs, kernel, bias)
 
 
 def _forward(
@@ -99,26 +85,10 @@ def _forward(
 def _backward(
     layer: _Layer, residuals: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    run = custom_vmap(functools.partial(_run_backward, layer))
-
-    @run.def_vmap
-    def _(size: int, batched: tuple[bool, ...], *arguments: jax.Array):
-        return _one_by_one(run, batched, arguments), (True, True, True)
-
-    return run(*residuals, grad)
+    return in_turns(functools.partial(_run_backward, layer), foldable=False)(*residuals, grad)
 
 
 _route.defvjp(_forward, _backward)
-
-
-def _one_by_one(run: Callable, batched: tuple[bool, ...], arguments: tuple[jax.Array, ...]) -> Any:
-    """Runs a function for each entry of the batched arguments in turn."""
-
-    def single(entries: list[jax.Array]) -> Any:
-        rest = iter(entries)
-        return run(*(next(rest) if many else whole for many, whole in zip(batched, arguments, strict=True)))
-
-    return lax.map(single, [array for many, array in zip(batched, arguments, strict=True) if many])
 
 
 def _run(layer: _Layer, inputs: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -150,14 +120,9 @@ def _route_strip(strip: jax.Array, matrix: jax.Array, bias: jax.Array, layer: _L
     """Routes one strip (batch, I, rows, columns, A) to (batch, rows of windows, columns, phases, M, K)."""
     batch, types, *image = strip.shape
     rows, (_, width), phases = layer.rows, layer.grid, layer.phases**2
-    votes = lax.conv_general_dilated(
-        strip.reshape(batch * types, *image),
-        matrix,
-        window_strides=(layer.step, layer.step),
-        padding="VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=layer.precision,
-    ).astype(bias.dtype)
+    votes = convolve(
+        strip.reshape(batch * types, *image), matrix, stride=layer.step, precision=layer.precision
+    )
     positions = votes.reshape(batch, types, rows * width * phases, *bias.shape)
     routed = layer.routing.run(positions.transpose(0, 2, 1, 3, 4).reshape(-1, types, *bias.shape), bias)
     return routed.reshape(batch, rows, width, phases, *bias.shape)

@@ -13,12 +13,10 @@ from capsfl_kernels.arguments import (
     check_capsules,
     check_routing,
     choose_implementation,
+    working_set,
 )
 from capsfl_kernels.dynamic import reference, streamed
 from capsfl_kernels.votes.streamed import Routing
-
-# One block's projection Wᵀ V, (M, block, D, batch), is the largest temporary of a pass: keep it in the caches.
-_BLOCK_BYTES = 1 << 20
 
 
 def dynamic_routing(
@@ -65,10 +63,13 @@ def dynamic_routing(
     check_routing("dynamic_routing", num_iters, gradient, block_size)
     number, capsules, dim, depth = weights.shape
     check_bias("dynamic_routing", bias, capsules, dim, f"weights {weights.shape}")
-    chosen = choose_implementation("dynamic_routing", implementation, "streamed")
     narrow = jnp.promote_types(inputs.dtype, weights.dtype)
     dtype = accumulation_dtype(narrow)
     flat = inputs.reshape(-1, number, depth).astype(narrow)
+    # Votes that fit the caches are cheaper to keep than to stream (2 cores: the two cross at about 16 MiB).
+    vote_bytes = dtype.itemsize * flat.shape[0] * number * capsules * dim
+    small = vote_bytes <= working_set(cpu=16 << 20, accelerator=256 << 20)
+    chosen = choose_implementation("dynamic_routing", implementation, "reference" if small else "streamed")
     matrix = weights.astype(narrow)
     offset = jnp.zeros((capsules, dim), dtype) if bias is None else bias.astype(dtype)
     if capsules == 1 and not leaky:
@@ -84,7 +85,9 @@ def dynamic_routing(
             precision=precision,
         )
     else:
-        size = block_size or max(1, _BLOCK_BYTES // (dtype.itemsize * capsules * depth * flat.shape[0]))
+        # The projection Wᵀ V of one block, (M, block, D, batch), is the largest temporary of a pass.
+        budget = working_set(cpu=1 << 18, accelerator=64 << 20)
+        size = block_size or max(1, budget // (dtype.itemsize * capsules * depth * flat.shape[0]))
         routing = Routing(num_iters, leaky, gradient)
         routed = streamed.route(
             flat, matrix, offset, streamed.Streaming(routing, min(size, number), precision)

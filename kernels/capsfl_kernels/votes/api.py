@@ -13,12 +13,10 @@ from capsfl_kernels.arguments import (
     check_capsules,
     check_routing,
     choose_implementation,
+    working_set,
 )
 from capsfl_kernels.votes import reference, streamed
 from capsfl_kernels.votes.streamed import Routing
-
-# Votes of one block: small enough for the caches of a core, large enough to hide the cost of a loop step.
-_BLOCK_BYTES = 1 << 20
 
 
 def route_votes(
@@ -64,7 +62,8 @@ def route_votes(
     if chosen == "reference":
         routed = reference.route(flat, offset, num_iters=num_iters, leaky=leaky, gradient=gradient)
     else:
-        size = block_size or max(1, _BLOCK_BYTES // (dtype.itemsize * math.prod(votes.shape[-3:])))
+        budget = working_set(cpu=2 << 20, accelerator=256 << 20)
+        size = block_size or max(1, budget // (dtype.itemsize * math.prod(votes.shape[-3:])))
         size = min(size, flat.shape[0])
         routed = streamed.route(flat, offset, Routing(num_iters, leaky, gradient), size)
     return routed.reshape(*votes.shape[:-3], capsules, dim).astype(votes.dtype)
