@@ -96,7 +96,8 @@ class Federation:
 
     def init(self) -> RoundState:
         """Returns the state before the first round."""
-        parameters = jax.tree.map(jnp.asarray, self.task.parameters)
+        # Through NumPy, since a weakly typed weight would have the second round compiled again.
+        parameters = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), self.task.parameters)
         return self.place(RoundState(parameters, self._server_optimizer.init(parameters), jnp.int32(0)))
 
     def place(self, state: RoundState) -> RoundState:

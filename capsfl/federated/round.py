@@ -107,7 +107,12 @@ def make_round(
             return clipped, SlotMetrics(result.loss, norm)
 
         def add_chunk(total: Any, part: CohortRecords) -> tuple[Any, SlotMetrics]:
-            clipped, metrics = jax.vmap(train_one)(*part)
+            if chunk == 1:
+                # A batch of one would only cost compile time, and turn convolutions into grouped ones.
+                alone = train_one(*jax.tree.map(lambda leaf: leaf[0], part))
+                clipped, metrics = jax.tree.map(lambda leaf: leaf[None], alone)
+            else:
+                clipped, metrics = jax.vmap(train_one)(*part)
             return jax.tree.map(lambda t, c: t + c.sum(0), total, clipped), metrics
 
         chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), cohort)

@@ -1,5 +1,7 @@
 """Training losses; each is a mean over examples, in which an example of weight zero counts nothing."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import one_hot, relu
@@ -142,6 +144,7 @@ def segmentation_loss(
     weights: Array | None = None,
     *,
     positive_weight: float = 1.0,
+    dice_over: Literal["example", "batch"] = "example",
     reconstruction_weight: float = SEGMENTATION_RECONSTRUCTION_WEIGHT,
 ) -> Array:
     """Return weighted cross-entropy + Dice + 0.1 times the reconstruction's mean squared error.
@@ -155,13 +158,20 @@ def segmentation_loss(
         truth: `(batch, height, width)`, 0 or 1.
         weights: `(batch,)` weight of each example, or None for equal weights.
         positive_weight: factor on the foreground in the cross-entropy.
+        dice_over: one Dice per example, or one over all pixels of the batch. Per example, an empty patch asks for
+            an empty answer at full strength; where half the patches are empty, a network that starts small gives
+            up on the others, and squash has no gradient at zero to come back by.
         reconstruction_weight: factor on the mean squared error.
 
     Returns:
         The mean over examples.
     """
     loss = weighted_bce(output.lengths, truth, weights, positive_weight=positive_weight)
-    loss += soft_dice_loss(output.lengths, truth, weights)
+    if dice_over == "batch":
+        shown = 1.0 if weights is None else (weights > 0).astype(truth.dtype).reshape(-1, 1, 1)
+        loss += soft_dice_loss((output.lengths * shown)[None], (truth * shown)[None])
+    else:
+        loss += soft_dice_loss(output.lengths, truth, weights)
     if output.reconstruction is not None:
         foreground = truth.astype(images.dtype) * (images[..., images.shape[-1] // 2] + 0.5)
         loss += reconstruction_weight * mean_squared_error(output.reconstruction, foreground, weights)

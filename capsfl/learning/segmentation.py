@@ -34,6 +34,8 @@ class SegmentationConfig(Settings):
     """Side of the square training patches, in voxels; divisible by 8."""
     crops_per_plane: int = Field(default=8, ge=1)
     """Training patches cut from each plane of each patient, half of them on the mask where there is one."""
+    positive_weight: float = Field(default=4.0, gt=0)
+    """Factor on marked voxels in the cross-entropy; above 1 keeps small targets from being given up early."""
     fusion: Literal["mean", "max", "min"] = "mean"
     """Rule g that fuses the planes' probabilities (Eq 2)."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
@@ -45,7 +47,13 @@ def make_segmentation_task(config: SegmentationConfig, *, seed: int) -> Task:
     model = SegCaps(config.model, rngs=nnx.Rngs(seed))
 
     def loss(model: Any, batch: Any) -> jax.Array:
-        return segmentation_loss(model(batch["image"], batch["truth"]), batch["image"], batch["truth"])
+        return segmentation_loss(
+            model(batch["image"], batch["truth"]),
+            batch["image"],
+            batch["truth"],
+            positive_weight=config.positive_weight,
+            dice_over="batch",
+        )
 
     def scores(model: Any, batch: Any, weight: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
         marked = (model(batch["image"]).lengths >= config.threshold).astype(jnp.float32)

@@ -32,7 +32,9 @@ def choose_implementation(
                 f"{operator}: implementation={name!r} is unknown; choose from {', '.join(IMPLEMENTATIONS)}"
             )
     if not names:
-        raise ValueError(f"{operator}: implementation=() names none; choose from {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"{operator}: implementation=() names none; choose from {', '.join(IMPLEMENTATIONS)}"
+        )
     return "reference" if names[0] == "reference" else "streamed"
 
 
@@ -61,7 +63,9 @@ def check_capsules(operator: str, **arrays: jax.Array) -> None:
     for name, array in arrays.items():
         accumulation_dtype(array.dtype)
         if 0 in array.shape:
-            raise ValueError(f"{operator}: {name} has shape {array.shape}; every axis needs at least one entry")
+            raise ValueError(
+                f"{operator}: {name} has shape {array.shape}; every axis needs at least one entry"
+            )
 
 
 def check_bias(operator: str, bias: jax.Array | None, capsules: int, dim: int, against: str) -> None:
@@ -73,10 +77,12 @@ def check_bias(operator: str, bias: jax.Array | None, capsules: int, dim: int, a
 
 
 def common_variation(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Marks all arrays as varying over the same mesh axes, so that `jax.shard_map` can check a custom gradient.
+    """Marks all arrays as varying over the same mesh axes, so that `jax.shard_map` can check a custom
+    gradient.
 
-    Inside a shard_map, replicated weights meet sharded capsules. JAX's own operators then sum the gradient of the
-    weights over the devices; a custom gradient must ask for the same, and the cast's transpose is that sum.
+    Inside a shard_map, replicated weights meet sharded capsules. JAX's own operators then sum the gradient of
+    the weights over the devices; a custom gradient must ask for the same, and the cast's transpose is that
+    sum.
     """
     varying = [_varying_axes(array) for array in arrays]
     everywhere = frozenset().union(*varying)

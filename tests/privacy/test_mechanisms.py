@@ -44,7 +44,7 @@ def test_traced_bound_and_multiplier_give_the_release_of_a_plan_with_those_value
         )
     )
     np.testing.assert_allclose(
-        release(0.25, 3.0), mean_with_noise(total, plan=_plan(0.25, 3.0), key=key), rtol=1e-6
+        release(0.25, 3.0), mean_with_noise(total, plan=_plan(0.25, 3.0), key=key), rtol=1e-6, atol=1e-7
     )
 
 
@@ -57,7 +57,7 @@ def test_zero_noise_releases_the_mean_over_the_expected_cohort_exactly():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**31 - 1), st.floats(0.125, 8, width=32), st.floats(0.01, 100, width=32))
+@given(st.integers(0, 2**31 - 1), st.floats(0.125, 8, width=32), st.floats(0.0625, 64, width=32))
 def test_adding_a_hospital_moves_the_released_mean_by_at_most_s_over_m(seed, bound, size):
     generator = np.random.default_rng(seed)
     updates = [

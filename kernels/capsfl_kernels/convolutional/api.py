@@ -18,6 +18,7 @@ from capsfl_kernels.convolutional import reference, streamed
 from capsfl_kernels.convolutional.geometry import Padding, plan
 from capsfl_kernels.votes.streamed import Routing
 
+
 def conv_capsules(
     inputs: jax.Array,
     kernel: jax.Array,
@@ -34,23 +35,24 @@ def conv_capsules(
 ) -> jax.Array:
     """Convolves every type of capsule with one shared kernel and routes the votes at each position.
 
-    The convolutional and deconvolutional capsules of SegCaps (LaLonde & Bagci 2018): the votes of input type i are
-    ``û_i = conv(u_i, kernel)``, and they are routed by agreement over the types, every position for itself, as in
-    `route_votes`. With one output type or one iteration the coupling is constant, and the votes are never formed:
-    one convolution of the sum over types gives the same.
+    The convolutional and deconvolutional capsules of SegCaps (LaLonde & Bagci 2018): the votes of input type
+    i are ``û_i = conv(u_i, kernel)``, and they are routed by agreement over the types, every position for
+    itself, as in `route_votes`. With one output type or one iteration the coupling is constant, and the votes
+    are never formed: one convolution of the sum over types gives the same.
 
     Args:
         inputs: ``(..., I, H, W, A)``: types of capsules, height, width, dimension; any number of batch axes.
         kernel: ``(k, k, A, M, K)``, shared by all input types.
         bias: ``(M, K)``, added before the squash in every iteration; None stands for zero.
         strides: Pixels between windows; where transposed, the factor by which the image grows.
-        transpose: Runs the adjoint of the strided convolution (the weights of TensorFlow's ``conv2d_transpose``
-            and PyTorch's ``ConvTranspose2d``).
-        padding: ``"SAME"`` gives ceil(H / strides) rows, or H · strides where transposed; ``"VALID"`` pads nothing.
+        transpose: Runs the adjoint of the strided convolution (the weights of TensorFlow's
+            ``conv2d_transpose`` and PyTorch's ``ConvTranspose2d``).
+        padding: ``"SAME"`` gives ceil(H / strides) rows, or H · strides where transposed; ``"VALID"`` pads
+            nothing.
         num_iters: Iterations of routing, at least 1.
         gradient: ``"full"`` differentiates every iteration, ``"last"`` takes the couplings as constants.
-        implementation: ``"reference"`` stores the votes; ``"streamed"`` forms them one strip of rows at a time and
-            again in the backward pass; a sequence is an order of preference; None chooses.
+        implementation: ``"reference"`` stores the votes; ``"streamed"`` forms them one strip of rows at a
+            time and again in the backward pass; a sequence is an order of preference; None chooses.
         block_size: Rows in a strip of the streamed implementation; None chooses.
         precision: Of the matrix products, as in `jax.lax.dot_general`.
 

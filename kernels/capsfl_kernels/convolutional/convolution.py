@@ -1,9 +1,10 @@
 """A convolution whose gradients stay fast on a CPU: inside loops, and with one kernel per example under vmap.
 
-XLA:CPU has one fast convolution, for images (batch, height, width, channels) and kernels (height, width, in, out).
-It brings other layouts into this one only outside of loops. The gradients that JAX derives have other layouts, so
-within `lax.scan` they take the slow road (measured: 40 to 100 times the time). Here they are written in the
-fast layout. A vmapped kernel becomes a grouped convolution, slow in every layout: here the examples take turns.
+XLA:CPU has one fast convolution, for images (batch, height, width, channels) and kernels (height, width, in,
+out). It brings other layouts into this one only outside of loops. The gradients that JAX derives have other
+layouts, so within `lax.scan` they take the slow road (measured: 40 to 100 times the time). Here they are
+written in the fast layout. A vmapped kernel becomes a grouped convolution, slow in every layout: here the
+examples take turns.
 """
 
 import functools
@@ -47,7 +48,7 @@ def convolve(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(images: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
     def run(images: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _plain(images, kernel, window.precision, window.padding, strides=(window.stride,) * 2)
+        return _plain(images, kernel, window.precision, window.padding, stride=window.stride)
 
     return in_turns(run, foldable=True)(images, kernel)
 
@@ -79,8 +80,8 @@ def in_turns(run: Callable, *, foldable: bool) -> Callable:
 
     Args:
         run: A function of arrays, to an array or a tuple of arrays.
-        foldable: Whether axis 0 of the first argument and of the result is a batch whose entries do not meet; a
-            vmap over the first argument alone then makes that batch longer instead.
+        foldable: Whether axis 0 of the first argument and of the result is a batch whose entries do not meet;
+            a vmap over the first argument alone then makes that batch longer instead.
     """
     call = custom_vmap(run)
 
@@ -93,7 +94,9 @@ def in_turns(run: Callable, *, foldable: bool) -> Callable:
 
         def single(entries: list[jax.Array]) -> Any:
             given = iter(entries)
-            return call(*(next(given) if many else whole for many, whole in zip(batched, arguments, strict=True)))
+            return call(
+                *(next(given) if many else whole for many, whole in zip(batched, arguments, strict=True))
+            )
 
         stacked = [array for many, array in zip(batched, arguments, strict=True) if many]
         results = lax.map(single, stacked)
@@ -102,7 +105,7 @@ def in_turns(run: Callable, *, foldable: bool) -> Callable:
     return call
 
 
-def _grad_images(window: _Window, size: tuple[int, int], grad: jax.Array, kernel: jax.Array) -> jax.Array:
+def _grad_images(window: _Window, size: tuple[int, ...], grad: jax.Array, kernel: jax.Array) -> jax.Array:
     """The gradient spread by the stride meets the turned kernel."""
     spread = [(length - 1) * window.stride + 1 for length in grad.shape[1:3]]
     padding = []
@@ -110,10 +113,10 @@ def _grad_images(window: _Window, size: tuple[int, int], grad: jax.Array, kernel
         before = kernel.shape[axis] - 1 - window.padding[axis][0]
         padding.append((before, size[axis] + kernel.shape[axis] - 1 - spread[axis] - before))
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    return _plain(grad, turned, window.precision, padding, lhs_dilation=(window.stride,) * 2)
+    return _plain(grad, turned, window.precision, padding, image_dilation=window.stride)
 
 
-def _grad_kernel(window: _Window, size: tuple[int, int], images: jax.Array, grad: jax.Array) -> jax.Array:
+def _grad_kernel(window: _Window, size: tuple[int, ...], images: jax.Array, grad: jax.Array) -> jax.Array:
     """The images, channels as batch, meet the gradient as a kernel with holes of the stride."""
     spread = [(length - 1) * window.stride + 1 for length in grad.shape[1:3]]
     padding = []
@@ -125,7 +128,7 @@ def _grad_kernel(window: _Window, size: tuple[int, int], images: jax.Array, grad
         grad.transpose(1, 2, 0, 3),
         window.precision,
         padding,
-        rhs_dilation=(window.stride,) * 2,
+        kernel_dilation=window.stride,
     )
     return turned.transpose(1, 2, 0, 3)
 
@@ -136,17 +139,17 @@ def _plain(
     precision: lax.PrecisionLike,
     padding: Any,
     *,
-    strides: tuple[int, int] = (1, 1),
-    lhs_dilation: tuple[int, int] = (1, 1),
-    rhs_dilation: tuple[int, int] = (1, 1),
+    stride: int = 1,
+    image_dilation: int = 1,
+    kernel_dilation: int = 1,
 ) -> jax.Array:
     return lax.conv_general_dilated(
         images,
         kernel,
-        strides,
+        (stride, stride),
         padding,
-        lhs_dilation,
-        rhs_dilation,
+        (image_dilation, image_dilation),
+        (kernel_dilation, kernel_dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=precision,
         preferred_element_type=accumulation_dtype(images.dtype),

@@ -1,7 +1,6 @@
 """Convolutional capsules with stored votes: XLA's convolution, then plain routing."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from capsfl_kernels.arguments import Gradient

@@ -1,10 +1,10 @@
 """Convolutional capsules in strips of rows: votes exist for one strip at a time, forward and backward.
 
-The residuals of a layer are its inputs. Its backward pass forms the votes of each strip again, differentiates the
-strip, adds up the gradient of the kernel and lays the strips' input gradients over each other.
+The residuals of a layer are its inputs. Its backward pass forms the votes of each strip again, differentiates
+the strip, adds up the gradient of the kernel and lays the strips' input gradients over each other.
 
-Under vmap with a kernel per example (one model per hospital) the examples take turns, so a vmap costs the memory of
-one of them; see `convolution` for why that is also the fast way.
+Under vmap with a kernel per example (one model per hospital) the examples take turns, so a vmap costs the
+memory of one of them; see `convolution` for why that is also the fast way.
 """
 
 import functools
@@ -131,14 +131,14 @@ def _route_strip(strip: jax.Array, matrix: jax.Array, bias: jax.Array, layer: _L
 def _taps(layer: _Layer) -> tuple[int, np.ndarray]:
     """Along one axis: the image pixel of a first window's first tap, and each phase's index into the kernel.
 
-    The index array is (phases, taps). Where a phase has no use for a tap, its index is the size of the kernel's
-    window, one past the end, where `_arrange` puts a zero.
+    The index array is (phases, taps). Where a phase has no use for a tap, its index is the size of the
+    kernel's window, one past the end, where `_arrange` puts a zero.
     """
     window, stride, transpose, ((first, _), _), _ = layer.geometry
     if not transpose:
         return -first, np.arange(window)[None]
-    # Output s · r + a sees the dilated pixel s · r + a + p − first through the flipped tap p; pixel r + d of the
-    # image is the dilated pixel s · (r + d).
+    # Output s · r + a sees the dilated pixel s · r + a + p − first through the flipped tap p; pixel r + d of
+    # the image is the dilated pixel s · (r + d).
     phase = np.arange(stride)[:, None]
     lowest = -(first // stride)
     highest = (stride - 1 + window - 1 - first) // stride
@@ -157,7 +157,7 @@ def _arrange(kernel: jax.Array, layer: _Layer) -> jax.Array:
 
 
 def _cut(inputs: jax.Array, layer: _Layer) -> jax.Array:
-    """Padded strips (strips, batch, I, rows, columns, A) of inputs (batch, I, H, W, A); neighbours overlap."""
+    """Padded strips (strips, batch, I, rows, columns, A) of inputs (batch, I, H, W, A); they overlap."""
     first, index = _taps(layer)
     window, step = index.shape[1], layer.step
     block = layer.rows * step
@@ -177,7 +177,9 @@ def _cut(inputs: jax.Array, layer: _Layer) -> jax.Array:
             (0, 0, 0),
         ],
     )
-    parts = padded.reshape(*inputs.shape[:2], blocks, block, columns, inputs.shape[4]).transpose(2, 0, 1, 3, 4, 5)
+    parts = padded.reshape(*inputs.shape[:2], blocks, block, columns, inputs.shape[4]).transpose(
+        2, 0, 1, 3, 4, 5
+    )
     pieces = []
     for start in range(0, height, block):
         piece = parts[start // block : start // block + layer.strips]

@@ -33,8 +33,9 @@ def dynamic_routing(
 ) -> jax.Array:
     """Routes every input capsule to every output capsule by agreement (Sabour et al. 2017, procedure 1).
 
-    With votes ``û_ij = W_ij u_i``, logits b = 0 at first and coupling c = softmax over the output capsules of b,
-    every iteration computes ``s_j = Σ_i c_ij û_ij + bias_j``, ``v_j = squash(s_j)`` and ``b_ij += û_ij · v_j``.
+    With votes ``û_ij = W_ij u_i``, logits b = 0 at first and coupling c = softmax over the output capsules of
+    b, every iteration computes ``s_j = Σ_i c_ij û_ij + bias_j``, ``v_j = squash(s_j)`` and ``b_ij += û_ij ·
+    v_j``.
 
     Args:
         inputs: ``(..., N, D)``, any number of batch axes.
@@ -43,8 +44,8 @@ def dynamic_routing(
         num_iters: Iterations of routing, at least 1.
         leaky: Adds one capsule with a logit of zero to the softmax, for inputs that belong nowhere.
         gradient: ``"full"`` differentiates every iteration, ``"last"`` takes the couplings as constants.
-        implementation: ``"reference"`` stores the votes; ``"streamed"`` never forms them and keeps only the sums
-            of each iteration for the backward pass; a sequence is an order of preference; None chooses.
+        implementation: ``"reference"`` stores the votes; ``"streamed"`` never forms them and keeps only the
+            sums of each iteration for the backward pass; a sequence is an order of preference; None chooses.
         block_size: Input capsules that the streamed implementation handles at once; None chooses.
         precision: Of the matrix products, as in `jax.lax.dot_general`.
 

@@ -1,10 +1,11 @@
 """Fully connected capsules that never form a vote, forward or backward.
 
-The logit of input i for output j is ``û_ij · V_j = u_i · (W_ijᵀ V_j)`` with V the sum of the outputs so far. So an
-iteration is one pass over blocks of inputs: ``P = Wᵀ V``, ``b = P · u``, ``c = softmax(b)``, ``s += W (c u)``, as
-FlashAttention does for attention, and its state is (M, K, batch) whatever N is. The backward pass repeats the
-passes from the stored s and V of each iteration. The batch lies on the minor axis: all small axes (M, D) are then
-summed as whole vectors, and the two products per block are matrix products over (block · D, K, batch).
+The logit of input i for output j is ``û_ij · V_j = u_i · (W_ijᵀ V_j)`` with V the sum of the outputs so far.
+So an iteration is one pass over blocks of inputs: ``P = Wᵀ V``, ``b = P · u``, ``c = softmax(b)``, ``s += W
+(c u)``, as FlashAttention does for attention, and its state is (M, K, batch) whatever N is. The backward pass
+repeats the passes from the stored s and V of each iteration. The batch lies on the minor axis: all small axes
+(M, D) are then summed as whole vectors, and the two products per block are matrix products over (block · D,
+K, batch).
 """
 
 import functools
@@ -100,9 +101,9 @@ _route.defvjp(_forward, _backward)
 
 
 def _sum_pass(blocks: _Blocks, direction: jax.Array, streaming: Streaming) -> jax.Array:
-    """One iteration: the coupled sum of votes (M, K, batch) under the logits of the direction V (M, K, batch)."""
+    """One iteration: the coupled sum of votes, (M, K, batch), under the logits of V, (M, K, batch)."""
     dtype = direction.dtype
-    capsules, dim, batch = direction.shape
+    capsules, _, batch = direction.shape
 
     def step(total: jax.Array, block: _Blocks) -> tuple[jax.Array, None]:
         u, w = block
@@ -117,9 +118,9 @@ def _sum_pass(blocks: _Blocks, direction: jax.Array, streaming: Streaming) -> ja
 def _gradient_pass(
     blocks: _Blocks, direction: jax.Array, grad_sum: jax.Array, streaming: Streaming
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of V, of the blocks' inputs and of the blocks' weights from the gradient of the coupled sum."""
+    """Gradients of V and of the blocks' inputs and weights from the gradient of the coupled sum."""
     dtype = direction.dtype
-    capsules, dim, batch = direction.shape
+    capsules, _, batch = direction.shape
 
     def step(grad_direction: jax.Array, block: _Blocks) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         u, w = block

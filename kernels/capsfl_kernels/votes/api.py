@@ -31,8 +31,8 @@ def route_votes(
 ) -> jax.Array:
     """Routes given votes by agreement, every position for itself (Sabour et al. 2017, procedure 1).
 
-    With votes û, logits b = 0 at first and coupling c = softmax over the output capsules of b, every iteration
-    computes ``s_j = Σ_i c_ij û_ij + bias_j``, ``v_j = squash(s_j)`` and ``b_ij += û_ij · v_j``.
+    With votes û, logits b = 0 at first and coupling c = softmax over the output capsules of b, every
+    iteration computes ``s_j = Σ_i c_ij û_ij + bias_j``, ``v_j = squash(s_j)`` and ``b_ij += û_ij · v_j``.
 
     Args:
         votes: ``(..., inputs, capsules, dim)``; the leading axes are positions (batch, height, width, ...).

@@ -9,7 +9,7 @@ from capsfl_kernels.squash import squash
 
 
 def route(votes: jax.Array, bias: jax.Array, *, num_iters: int, leaky: bool, gradient: Gradient) -> jax.Array:
-    """Routes votes (positions, inputs, capsules, dim) with bias (capsules, dim) to (positions, capsules, dim)."""
+    """Routes votes (positions, I, M, K) with bias (M, K) to (positions, M, K)."""
     capsules = votes.shape[2]
     inner = lax.stop_gradient(votes) if gradient == "last" else votes
     inner_bias = lax.stop_gradient(bias) if gradient == "last" else bias

@@ -19,18 +19,19 @@ class Routing(NamedTuple):
     gradient: Gradient
 
     def run(self, votes: jax.Array, bias: jax.Array) -> jax.Array:
-        """Routes votes (positions, inputs, capsules, dim) with bias (capsules, dim), all positions at once."""
+        """Routes votes (positions, I, M, K) with bias (M, K), all positions at once."""
         return reference.route(votes, bias, **self._asdict())
 
 
 def route(votes: jax.Array, bias: jax.Array, routing: Routing, block_size: int) -> jax.Array:
-    """Routes votes (positions, inputs, capsules, dim) with bias (capsules, dim) to (positions, capsules, dim)."""
+    """Routes votes (positions, I, M, K) with bias (M, K) to (positions, M, K)."""
     positions = votes.shape[0]
     blocks = -(-positions // block_size)
     padded = jnp.pad(votes, ((0, blocks * block_size - positions), (0, 0), (0, 0), (0, 0)))
     tiles = padded.reshape(blocks, block_size, *votes.shape[1:])
     tiles, bias = common_variation(tiles, bias)
-    return _route_tiles(tiles, bias, routing).reshape(-1, *votes.shape[2:])[:positions]
+    routed: jax.Array = _route_tiles(tiles, bias, routing)
+    return routed.reshape(-1, *votes.shape[2:])[:positions]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -1,0 +1,90 @@
+"""The operators mean the same under vmap, jax.checkpoint, lax.scan, and spread over devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from capsfl_kernels import conv_capsules, dynamic_routing, route_votes
+
+HOSPITALS = 3
+
+
+def _stack(*shapes):
+    keys = jax.random.split(jax.random.key(17), len(shapes))
+    return tuple(jax.random.normal(k, (HOSPITALS, *s)) for k, s in zip(keys, shapes, strict=True))
+
+
+OPERATORS = {
+    "dynamic_routing": (dynamic_routing, _stack((2, 5, 3), (5, 4, 6, 3), (4, 6))),
+    "route_votes": (route_votes, _stack((7, 4, 3, 5), (3, 5))),
+    "conv_capsules": (conv_capsules, _stack((2, 3, 6, 5, 2), (3, 3, 2, 2, 3), (2, 3))),
+}
+
+
+def _loss(operator, implementation):
+    return lambda *arguments: jnp.sum(jnp.sin(3 * operator(*arguments, implementation=implementation)))
+
+
+def _one_after_the_other(operator, arguments, batched):
+    grad = jax.jit(jax.value_and_grad(_loss(operator, "reference"), argnums=tuple(range(len(arguments)))))
+    picks = [
+        [a[i if many else 0] for a, many in zip(arguments, batched, strict=True)] for i in range(HOSPITALS)
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *(grad(*pick) for pick in picks))
+
+
+def _close(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), got, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "streamed"])
+@pytest.mark.parametrize("own_weights", [True, False])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_vmap_is_one_after_the_other(name, own_weights, implementation):
+    operator, arguments = OPERATORS[name]
+    batched = [True] + [own_weights] * (len(arguments) - 1)
+    given = [a if many else a[0] for a, many in zip(arguments, batched, strict=True)]
+    grad = jax.value_and_grad(_loss(operator, implementation), argnums=tuple(range(len(arguments))))
+    got = jax.jit(jax.vmap(grad, in_axes=[0 if many else None for many in batched]))(*given)
+    _close(got, _one_after_the_other(operator, arguments, batched))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradient_of_a_vmap_is_the_vmap_of_the_gradient(name):
+    operator, arguments = OPERATORS[name]
+    loss = jax.vmap(_loss(operator, "streamed"))
+    got = jax.jit(jax.grad(lambda *a: jnp.sum(loss(*a)), argnums=tuple(range(len(arguments)))))(*arguments)
+    _close(got, _one_after_the_other(operator, arguments, [True] * len(arguments))[1])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "streamed"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_checkpoint_and_scan_change_nothing(name, implementation):
+    operator, arguments = OPERATORS[name]
+    grad = jax.value_and_grad(
+        jax.checkpoint(_loss(operator, implementation)), argnums=tuple(range(len(arguments)))
+    )
+    got = jax.jit(lambda *a: jax.lax.map(lambda one: grad(*one), a))(*arguments)
+    _close(got, _one_after_the_other(operator, arguments, [True] * len(arguments)))
+
+
+def test_pmap_and_shard_map_over_four_devices():
+    script = Path(__file__).with_name("on_four_devices.py")
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["dynamic_routing", "route_votes", "conv_capsules"]
