@@ -6,8 +6,8 @@ from typing import Any
 
 from capsfl.checkpoint import read_parameters, tensor_leaves
 from capsfl.config import ArmConfig, StudyConfig
-from capsfl.ledger.canonical import decimal
 from capsfl.ledger.block import SignedHead
+from capsfl.ledger.canonical import decimal
 from capsfl.ledger.chain import Ledger
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.records import Registration, RoundRecord
@@ -143,8 +143,10 @@ def audit_study(study: Path, *, witness_head: bytes | None = None) -> dict[str, 
         name = str(folder.relative_to(study))
         witness = witness_head if len(runs) == 1 or _is_of_chain(witness_head, folder) else None
         found[name] = audit_run(folder, config.arm(arm), witness_head=witness)
-    if witness_head is not None and len(runs) > 1 and all(
-        f.status is Status.UNVERIFIABLE for rows in found.values() for f in rows if f.check == "witness"
+    if (
+        witness_head is not None
+        and len(runs) > 1
+        and all(f.status is Status.UNVERIFIABLE for rows in found.values() for f in rows if f.check == "witness")
     ):
         detail = "the witness head is of no chain of this study"
         found[next(iter(found))].append(Finding("witness", Status.FAILED, detail=detail))

@@ -183,9 +183,7 @@ def _path_name(path: tuple[Any, ...]) -> str:
     """A pytree path as words joined by dots; Flax's `.value` wrapper is not part of the name."""
     words = []
     for entry in path:
-        word = next(
-            str(getattr(entry, field)) for field in ("key", "name", "idx") if hasattr(entry, field)
-        )
+        word = next(str(getattr(entry, field)) for field in ("key", "name", "idx") if hasattr(entry, field))
         if word != "value":
             words.append(word)
     return ".".join(words)

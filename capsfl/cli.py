@@ -1,6 +1,7 @@
 """The command line: `capsfl train|ingest|phantom|predict|report|verify|epsilon|doctor`."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         print(version("capsfl"))
         return
+    # Set before jax is imported, and inherited by worker processes: a second run compiles nothing again.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "jax"))
     command = COMMANDS.get(words[0])
     if command is None:
         _fail(f"capsfl: unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
@@ -278,7 +281,8 @@ def epsilon(words: list[str]) -> int:
     if given.target_epsilon is None:
         for name in ("noise_multiplier", "rounds"):
             if values[name] is None:
-                raise ValueError(f"{name}: missing; give --{name.replace('_', '-')}, or --target-epsilon to solve for it")
+                flag = name.replace("_", "-")
+                raise ValueError(f"{name}: missing; give --{flag}, or --target-epsilon to solve for it")
         row = epsilon_report(**(values | {"cohort": given.cohort or given.hospitals}))
     else:
         missing = [name for name in ("noise_multiplier", "rounds") if values[name] is None]
@@ -337,6 +341,10 @@ def _print_summary() -> None:
     for name, text in SUMMARY.items():
         console.print(f"  capsfl {name:<8} {text}", highlight=False, markup=False, soft_wrap=True)
     console.print("\nEach command has its own --help.")
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsfl"
 
 
 def _fail(message: str, *, code: int = 2) -> None:

@@ -85,6 +85,8 @@ class StudyConfig(Settings):
     """Layout over accelerators."""
     arms: tuple[ArmConfig, ...] = (ArmConfig(),)
     """Trainings that are compared; the first one is the study's own."""
+    jobs: int | None = Field(default=None, ge=1)
+    """Arms trained side by side; when absent one per core on a CPU, one at a time on accelerators."""
     keep_checkpoints: int | None = Field(default=None, ge=1)
     """Newest rounds kept per stage; all when absent, so that `capsfl verify` can recompute every round."""
 
@@ -107,16 +109,14 @@ class StudyConfig(Settings):
         return cls(phantom=PhantomConfig(), segmentation=SegmentationStage(), classification=ClassificationStage())
 
     def digest(self) -> str:
-        """SHA-256 of what decides the result: all but the run folder and the device layout."""
-        table = self.model_dump(mode="json", exclude={"out", "devices"})
+        """SHA-256 of what decides the result: all but the run folder, the jobs and the device layout."""
+        table = self.model_dump(mode="json", exclude={"out", "devices", "jobs"})
         return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def arm(self, arm: ArmConfig) -> "StudyConfig":
         """The configuration of one arm alone."""
         changes: dict[str, Any] = {
-            name: value
-            for name in ("clip_norm", "noise_multiplier")
-            if (value := getattr(arm, name)) is not None
+            name: value for name in ("clip_norm", "noise_multiplier") if (value := getattr(arm, name)) is not None
         }
         if arm.partition != "hospitals":
             # One holder of all records, or a hospital alone, has no cohort to draw and no crowd to hide in.

@@ -43,14 +43,9 @@ def _examine() -> Iterator[Examined]:
         devices = jax.devices()
         yield Examined("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})", True)
     except RuntimeError as error:
-        yield Examined("devices", str(error).splitlines()[0], False, "check the accelerator's driver, or set JAX_PLATFORMS=cpu")
-    yield Examined(
-        "compilation cache",
-        jax.config.jax_compilation_cache_dir or "off",
-        True,
-        "" if jax.config.jax_compilation_cache_dir else "set JAX_COMPILATION_CACHE_DIR to a folder",
-        optional=True,
-    )
+        remedy = "check the accelerator's driver, or set JAX_PLATFORMS=cpu"
+        yield Examined("devices", str(error).splitlines()[0], False, remedy)
+    yield Examined("compilation cache", jax.config.jax_compilation_cache_dir or "off", True)
     for syntax, module, package in DECODERS:
         try:
             importlib.import_module(module)

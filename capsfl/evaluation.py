@@ -119,9 +119,7 @@ def results(
     return table
 
 
-def _segmentation_results(
-    split: Split, scans: Segmented, controls: Controls, config: StudyConfig
-) -> dict[str, Any]:
+def _segmentation_results(split: Split, scans: Segmented, controls: Controls, config: StudyConfig) -> dict[str, Any]:
     assert config.segmentation is not None
     threshold = config.segmentation.threshold
     rows: list[dict[str, Any]] = []
@@ -152,9 +150,7 @@ def _segmentation_results(
             "patients": len(marked),
             "false_positive_ml": float(np.median(empty)) if empty else None,
         },
-        "planes": {
-            plane: _mean([row[plane] for row in marked]) for plane in (*config.segmentation.planes, "fused")
-        },
+        "planes": {plane: _mean([row[plane] for row in marked]) for plane in (*config.segmentation.planes, "fused")},
         "hospitals": {
             name: {"dice": _mean([row["fused"] for row in marked if row["hospital"] == name])}
             for name in sorted({row["hospital"] for row in rows})
@@ -182,9 +178,7 @@ def _classification_results(scores: Scores, controls: Controls, config: StudyCon
         "overall": overall,
         "controls": {
             "always positive": metrics.always_positive_row(labels),
-            "permuted labels": metrics.permuted_labels_row(
-                values, labels, seed=config.seed, threshold=threshold
-            ),
+            "permuted labels": metrics.permuted_labels_row(values, labels, seed=config.seed, threshold=threshold),
             "dense lung fraction": metrics.classification_report(dense, labels, controls.dense_cut, seed=config.seed),
         },
         "roc": None
@@ -194,8 +188,7 @@ def _classification_results(scores: Scores, controls: Controls, config: StudyCon
             "true_positive_rate": [float(v) for v in curve.true_positive_rate],
         },
         "scores": [
-            {"patient": p.name, "hospital": p.hospital, "label": p.label, "score": score}
-            for p, score in scores.test
+            {"patient": p.name, "hospital": p.hospital, "label": p.label, "score": score} for p, score in scores.test
         ],
     }
 

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from capsfl.audit import run_folders
 from capsfl.checkpoint import latest_parameters
-from capsfl.config import StudyConfig
 from capsfl.ct.dicom import read_dicom
 from capsfl.ct.export import write_nifti_mask, write_overlay_png
 from capsfl.ct.nifti import read_nifti
@@ -19,7 +18,6 @@ from capsfl.ct.scan import Scan
 from capsfl.learning.classification import Classifier, make_classification_task, masked_slices
 from capsfl.learning.patients import central_field
 from capsfl.learning.segmentation import Segmenter, make_segmentation_task
-from capsfl.learning.tasks import Task
 from capsfl.ledger.chain import Ledger
 from capsfl.report.page import build_page
 from capsfl.study import load_study_config, write_json

@@ -189,6 +189,6 @@ def _difference(old: dict[str, Any], config: StudyConfig) -> str:
 
     before, now = flatten(old), flatten(config.model_dump(mode="json"))
     for name in [*now, *before]:
-        if name.split(".")[0] not in ("out", "devices") and before.get(name) != now.get(name):
+        if name.split(".")[0] not in ("out", "devices", "jobs") and before.get(name) != now.get(name):
             return f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
     return "its fields differ"

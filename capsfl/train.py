@@ -8,16 +8,19 @@ run, or one run per hospital; a run owns a folder with checkpoints, ledger, metr
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from capsfl import evaluation
 from capsfl.audit import audit_run, ledger_summary
@@ -38,6 +41,7 @@ from capsfl.ledger.chain import Ledger
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.records import Registration, RoundRecord, parameters_root
 from capsfl.privacy.plan import PrivacyPlan
+from capsfl.progress import read_rounds, show_rounds
 from capsfl.report.page import build_page
 from capsfl.study import Split, StudyFolder, split_patients, write_json
 
@@ -64,9 +68,21 @@ def train(config: StudyConfig, *, console: Console) -> Path:
     )
     with folder.stage("controls"):
         controls = evaluation.score_controls(split, config)
+    runs = plan_runs(config, folder.path, split)
+    rounds = {
+        name: stage.rounds
+        for name in ("segmentation", "classification")
+        if (stage := getattr(config, name)) is not None
+    }
+    with (
+        folder.stage("training"),
+        show_rounds({run.name: run.folder for run in runs}, rounds, console=console),
+    ):
+        train_runs(runs, folder.path / "volumes", split, controls)
     for arm in config.arms:
-        with folder.stage(arm.name):
-            train_arm(arm, config, folder, split, controls, console=console)
+        if arm.partition == "local":
+            members = {run.hospitals[0]: read_results(run) for run in runs if run.arm == arm}
+            write_json(folder.path / arm.name / "results.json", evaluation.average_members(members))
     folder.finish()
     return build_page(folder.path)
 
@@ -98,28 +114,58 @@ def load_split(config: StudyConfig, entries: Sequence[IndexEntry]) -> Split:
     return split_patients(known, config.data, seed=config.seed)
 
 
-def train_arm(
-    arm: ArmConfig,
-    config: StudyConfig,
-    folder: StudyFolder,
-    split: Split,
-    controls: evaluation.Controls,
-    *,
-    console: Console,
-) -> None:
-    """Trains one arm: one run, or for `local` one run per hospital, and writes its results."""
-    hospitals = sorted({patient.hospital for patient in split.train})
-    place = folder.path / arm.name
-    if arm.partition == "local":
-        members = {
-            name: train_run(
-                Run(place / name, config.arm(arm), arm, (name,), member=name), split, controls, console=console
-            )
-            for name in hospitals
-        }
-        write_json(place / "results.json", evaluation.average_members(members))
-    else:
-        train_run(Run(place, config.arm(arm), arm, tuple(hospitals)), split, controls, console=console)
+def plan_runs(config: StudyConfig, study: Path, split: Split) -> list["Run"]:
+    """Lists the trainings of a study: one per arm, or for `local` one per hospital."""
+    hospitals = tuple(sorted({patient.hospital for patient in split.train}))
+    runs = []
+    for arm in config.arms:
+        if arm.partition == "local":
+            runs += [Run(study / arm.name / name, config.arm(arm), arm, (name,), member=name) for name in hospitals]
+        else:
+            runs.append(Run(study / arm.name, config.arm(arm), arm, hospitals))
+    return runs
+
+
+def train_runs(runs: Sequence["Run"], volumes: Path, split: Split, controls: evaluation.Controls) -> None:
+    """Trains runs side by side on a CPU, whose cores one small network does not fill; else one after the other."""
+    jobs = min(runs[0].config.jobs or default_jobs(runs[0].config), len(runs))
+    if jobs == 1:
+        for run in runs:
+            train_run(run, split, controls)
+        return
+    # "spawn", since a forked JAX deadlocks; the workers read the volumes again rather than have them pickled.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=die_with_parent) as pool:
+        futures = [pool.submit(train_in_worker, run, volumes, controls) for run in runs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def default_jobs(config: StudyConfig) -> int:
+    """One run at a time where runs share accelerators or devices, else one per core."""
+    alone = config.devices.parallel != "single" or jax.default_backend() != "cpu"
+    return 1 if alone else os.cpu_count() or 1
+
+
+def die_with_parent() -> None:
+    """Ends a worker with its parent, so that a killed study leaves nobody writing in its folder."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
+def train_in_worker(run: "Run", volumes: Path, controls: evaluation.Controls) -> None:
+    """`train_run` in a process of its own."""
+    train_run(run, load_split(run.config, read_index(volumes)), controls)
 
 
 @dataclass(frozen=True)
@@ -148,16 +194,13 @@ class Run:
         return pool_hospitals(hospitals) if self.arm.partition == "pooled" else hospitals
 
 
-def train_run(
-    run: Run, split: Split, controls: evaluation.Controls, *, console: Console
-) -> dict[str, Any]:
+def train_run(run: Run, split: Split, controls: evaluation.Controls) -> None:
     """Trains one run through its stages and scores it on the patients never trained on.
 
-    A finished run is read back; an unfinished one goes on from its last checkpoint.
+    A finished run is left as it is; an unfinished one goes on from its last checkpoint.
     """
-    results_file = run.folder / "results.json"
-    if results_file.exists():
-        return json.loads(results_file.read_text(encoding="utf-8"))
+    if (run.folder / "results.json").exists():
+        return
     config = run.config
     assert config.segmentation is not None
     with open_ledger(run, split) as ledger:
@@ -172,7 +215,7 @@ def train_run(
 
         seg_state, rounds_before = run_rounds(
             run, seg_task, config.segmentation, patches(split.train), patches(split.validation),
-            ledger, metrics, rounds_before=0, console=console,
+            ledger, metrics, rounds_before=0,
         )  # fmt: skip
         segmenter = Segmenter(seg_task, config.segmentation)
         scans = evaluation.Segmented(segmenter, seg_state.parameters)
@@ -191,7 +234,7 @@ def train_run(
             trained = [p for p in split.train if p.hospital in run.hospitals]
             cls_state, rounds_before = run_rounds(
                 run, cls_task, stage, slices(trained), slices(split.validation),
-                ledger, metrics, rounds_before=rounds_before, console=console,
+                ledger, metrics, rounds_before=rounds_before,
             )  # fmt: skip
             classifier = Classifier(cls_task, stage)
             scores = evaluation.score_patients(classifier, cls_state.parameters, scans, split)
@@ -200,8 +243,12 @@ def train_run(
         evaluation.write_overlays(run.folder, split, scans, results)
         findings = audit_run(run.folder, config)
         write_json(run.folder / "ledger.json", ledger_summary(ledger, findings))
-        write_json(results_file, results)
-    return results
+        write_json(run.folder / "results.json", results)
+
+
+def read_results(run: Run) -> dict[str, Any]:
+    """What a finished run scored."""
+    return json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
 
 
 def run_rounds(
@@ -214,7 +261,6 @@ def run_rounds(
     metrics: "MetricsLog",
     *,
     rounds_before: int,
-    console: Console,
 ) -> tuple[RoundState, int]:
     """Runs the rounds of one stage, each followed by a signed record and a checkpoint.
 
@@ -230,16 +276,12 @@ def run_rounds(
     if config.privacy.target_epsilon is not None:
         total = min(total, federation.plan.max_rounds(config.privacy.target_epsilon) - rounds_before)
     state = federation.init()
-    with (
-        open_checkpoints(run.folder / "checkpoints" / task.name, keep=config.keep_checkpoints) as checkpoints,
-        progress_bar(console) as progress,
-    ):
+    with open_checkpoints(run.folder / "checkpoints" / task.name, keep=config.keep_checkpoints) as checkpoints:
         restored = checkpoints.restore(state)
         if restored is not None:
             state = federation.place(restored.state)
             ledger.reconcile(restored.ledger)
         metrics.keep_until(task.name, int(state.round))
-        bar = progress.add_task(f"{run.name} {task.name}", total=total, completed=int(state.round), note="")
         for _ in range(int(state.round), total):
             watch = Stopwatch()
             state, report = federation.step(state)
@@ -253,7 +295,6 @@ def run_rounds(
                 accountant=federation.plan.statement(spent).to_json(),
                 ledger=ledger.export(),
             )
-            progress.update(bar, advance=1, note=summarise(report, scores, epsilon))
     return state, rounds_before + int(state.round)
 
 
@@ -291,9 +332,7 @@ def open_ledger(run: Run, split: Split) -> Ledger:
         signer = open_key(keys / f"holder-{holder}.pem")
         count = sum(holder in ("pooled", patient.hospital) for patient in split.train)
         registrations.append(Registration(signer.hospital_id(), holder, signer.public_key, "lung CT", count))
-    return Ledger.create(
-        place, signer=owner, chain_id=run.config.digest()[:32], registrations=registrations
-    )
+    return Ledger.create(place, signer=owner, chain_id=run.config.digest()[:32], registrations=registrations)
 
 
 def open_key(path: Path) -> Signer:
@@ -309,9 +348,7 @@ def by_hospital(patients: Any, records_of: Any) -> dict[str, Any]:
     found: dict[str, list[Any]] = {}
     for patient in patients:
         found.setdefault(patient.hospital, []).append(records_of(patient))
-    return {
-        name: jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows) for name, rows in sorted(found.items())
-    }
+    return {name: jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows) for name, rows in sorted(found.items())}
 
 
 class MetricsLog:
@@ -325,8 +362,7 @@ class MetricsLog:
         """Drops the lines of rounds after the one a run resumes from; those rounds will be run again."""
         if not self._path.exists():
             return
-        rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [row for row in rows if row["task"] != task or row["round"] <= round_number]
+        kept = [row for row in read_rounds(self._path) if row["task"] != task or row["round"] <= round_number]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         partial = self._path.with_suffix(".partial")
         partial.write_text(text, encoding="utf-8")
@@ -358,31 +394,3 @@ class MetricsLog:
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def progress_bar(console: Console) -> Progress:
-    """One bar per stage, with the figures a user waits for."""
-    return Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-def summarise(
-    report: RoundReport, scores: Mapping[str, Mapping[str, float]], epsilon: float | None
-) -> str:
-    """One line about a round: loss, mean validation scores, epsilon, hospitals left out."""
-    words = [] if report.loss is None else [f"loss {report.loss:.3f}"]
-    for name in ("dice", "accuracy", "sensitivity"):
-        values = [row[name] for row in scores.values() if name in row]
-        if values:
-            words.append(f"{name} {np.mean(values):.2f}")
-    if epsilon is not None:
-        words.append(f"ε {epsilon:.3g}")
-    if report.not_finite:
-        words.append(f"[red]not finite: {', '.join(report.not_finite)}[/]")
-    return "  ".join(words)

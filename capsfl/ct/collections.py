@@ -73,9 +73,7 @@ def read_manifest(csv_path: Path, root: Path | None = None) -> tuple[ScanEntry, 
     for line, row in rows[1:]:
         place = f"{csv_path}:{line}"
         if len(row) != len(header):
-            raise ManifestError(
-                f"{place}: {len(row)} cells for {len(header)} columns; quote cells that hold commas"
-            )
+            raise ManifestError(f"{place}: {len(row)} cells for {len(header)} columns; quote cells that hold commas")
         entry = _entry(place, dict(zip(header, row, strict=True)), root)
         # Compared without case, because some file systems do.
         key = (entry.hospital.lower(), entry.patient.lower())
@@ -111,9 +109,7 @@ def _entry(place: str, cells: dict[str, str], root: Path) -> ScanEntry:
     if image is None:
         raise ManifestError(f"{place}: image is blank; give a DICOM folder or a .nii.gz file")
     if image.is_file() and not is_nifti(image):
-        raise ManifestError(
-            f"{place}: image is {cells['image']!r}; give a DICOM folder or a .nii or .nii.gz file"
-        )
+        raise ManifestError(f"{place}: image is {cells['image']!r}; give a DICOM folder or a .nii or .nii.gz file")
     mask = _existing(place, "mask", cells.get("mask", ""), root)
     if mask is not None and not (mask.is_file() and is_nifti(mask)):
         raise ManifestError(f"{place}: mask is {cells['mask']!r}; give a .nii or .nii.gz file")

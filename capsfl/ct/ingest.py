@@ -246,8 +246,7 @@ def _outcomes(
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             with _one_thread_each():
                 futures = {
-                    pool.submit(_ingest_one, entries[position], out, config, salt): position
-                    for position in pending
+                    pool.submit(_ingest_one, entries[position], out, config, salt): position for position in pending
                 }
             try:
                 for future in as_completed(futures):
@@ -346,9 +345,7 @@ def _write_index(out: Path, index: tuple[IndexEntry, ...]) -> None:
     for entry in index:
         label = "" if entry.label is None else entry.label
         volume = entry.path.relative_to(out).as_posix()
-        writer.writerow(
-            [entry.patient, entry.hospital, entry.scanner or "", label, entry.split or "", volume]
-        )
+        writer.writerow([entry.patient, entry.hospital, entry.scanner or "", label, entry.split or "", volume])
     partial = out / f".{INDEX}.{os.getpid()}.partial"
     with _storage_errors(out / INDEX):
         try:

@@ -87,9 +87,7 @@ class StandardVolume:
     """Share of the lung box's voxels that the extent cut off; 0 when all of it fits or no lung was found."""
 
 
-def standardize(
-    scan: Scan, *, config: VolumeConfig, masks: Mapping[str, np.ndarray] | None = None
-) -> StandardVolume:
+def standardize(scan: Scan, *, config: VolumeConfig, masks: Mapping[str, np.ndarray] | None = None) -> StandardVolume:
     """Resample a scan once, Lanczos a = 3 antialiased, to the preset's grid; -1000 HU outside.
 
     The volume keeps the scan's directions (a patient who lies askew stays askew), so one pass per axis
@@ -106,9 +104,7 @@ def standardize(
     masks = dict(masks or {})
     for name, mask in masks.items():
         if mask.shape != scan.hu.shape:
-            raise ValueError(
-                f"masks.{name}: shape {mask.shape}, the scan has {scan.hu.shape}; resample it to the scan"
-            )
+            raise ValueError(f"masks.{name}: shape {mask.shape}, the scan has {scan.hu.shape}; resample it to the scan")
     side = config.side
     shape = np.array(scan.hu.shape)
     spacing = np.array(scan.spacing_mm)

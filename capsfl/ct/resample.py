@@ -14,9 +14,7 @@ Kernel = Literal["lanczos", "linear"]
 LANCZOS_LOBES = 3
 
 
-def weight_matrix(
-    input_size: int, output_size: int, *, step: float, start: float, kernel: Kernel
-) -> np.ndarray:
+def weight_matrix(input_size: int, output_size: int, *, step: float, start: float, kernel: Kernel) -> np.ndarray:
     """Weights (output, input) that sample one axis at `start + step * index`, antialiased when step > 1.
 
     Rows sum to 1; a row whose sample lies more than half a voxel outside the input is zero.

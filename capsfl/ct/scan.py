@@ -137,9 +137,7 @@ def orient(
     return axes, flips, oriented
 
 
-def to_patient_axes(
-    values: np.ndarray, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]
-) -> np.ndarray:
+def to_patient_axes(values: np.ndarray, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]) -> np.ndarray:
     """Apply what `orient` found to an array of the series; the inverse of `ScanSource.to_series`."""
     return np.flip(np.transpose(values, axes), axis=tuple(axis for axis in range(3) if flips[axis]))
 

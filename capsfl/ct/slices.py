@@ -75,9 +75,7 @@ def read_header(path: Path, *, named: bool) -> Dataset | None:
                 raise errors.NotDicom(path, "not a DICOM file", "give a DICOM series or NIfTI") from None
             return None
     except Exception as error:  # a damaged header makes pydicom raise anything from struct.error on
-        raise errors.CorruptFile(
-            path, f"the header is damaged ({type(error).__name__})", "copy it again"
-        ) from error
+        raise errors.CorruptFile(path, f"the header is damaged ({type(error).__name__})", "copy it again") from error
     # No preamble: old archives write bare data sets, which are DICOM all the same.
     try:
         header = pydicom.dcmread(path, defer_size=DEFERRED_BYTES, force=True)

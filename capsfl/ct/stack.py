@@ -144,9 +144,7 @@ def _without_duplicates(
     return order
 
 
-def _planes(
-    heights: np.ndarray, names: list[str], place: Path, allow_interpolation: bool
-) -> tuple[list[int], float]:
+def _planes(heights: np.ndarray, names: list[str], place: Path, allow_interpolation: bool) -> tuple[list[int], float]:
     """Grid index of each slice and the spacing in mm."""
     gaps = np.diff(heights)
     # A low quantile is the spacing even when most neighbours are absent, and one odd gap does not sway it.

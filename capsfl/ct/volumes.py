@@ -71,9 +71,7 @@ def write_volume(path: Path, volume: StandardVolume, *, attributes: Mapping[str,
     except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk as ValueError
         shutil.rmtree(partial, ignore_errors=True)
         cause = str(error).splitlines()[0][:160]
-        raise StorageError(
-            f"{path}: cannot be written ({cause}); free space or choose a writable folder"
-        ) from error
+        raise StorageError(f"{path}: cannot be written ({cause}); free space or choose a writable folder") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -89,9 +87,7 @@ def read_volume(path: Path) -> tuple[StandardVolume, dict[str, Any]]:
     record = _record(path)
     names = ["hu", "valid", *(f"masks/{name}" for name in record["masks"])]
     try:
-        opened = [
-            tensorstore.open({"driver": "zarr3", "kvstore": _store(path / name)}, read=True) for name in names
-        ]
+        opened = [tensorstore.open({"driver": "zarr3", "kvstore": _store(path / name)}, read=True) for name in names]
         reads = [handle.result().read() for handle in opened]
         arrays = {name: np.asarray(read.result()) for name, read in zip(names, reads, strict=True)}
     except (OSError, ValueError, RuntimeError) as error:
@@ -131,9 +127,7 @@ def _record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptVolume(path, "not a stored volume", "ingest the scan again") from error
     if version != (FORMAT, VERSION):
-        raise CorruptVolume(
-            path, f"format {version[0]} {version[1]}, not {FORMAT} {VERSION}", "ingest the scan again"
-        )
+        raise CorruptVolume(path, f"format {version[0]} {version[1]}, not {FORMAT} {VERSION}", "ingest the scan again")
     return record
 
 

@@ -59,9 +59,7 @@ def federate(
             the field.
     """
     task = make_task("model", model, loss)
-    federation = Federation(
-        task, stack_hospitals(records), config=rounds, privacy=privacy, devices=devices, seed=seed
-    )
+    federation = Federation(task, stack_hospitals(records), config=rounds, privacy=privacy, devices=devices, seed=seed)
     total = rounds.rounds
     if privacy.target_epsilon is not None:
         total = min(total, federation.plan.max_rounds(privacy.target_epsilon))

@@ -87,9 +87,7 @@ class Federation:
             self.plan,
             config=devices,
         )
-        self._mechanism = Mechanism(
-            jnp.float32(privacy.clip_norm), jnp.float32(privacy.noise_multiplier)
-        )
+        self._mechanism = Mechanism(jnp.float32(privacy.clip_norm), jnp.float32(privacy.noise_multiplier))
         self._sample = jax.jit(lambda key: self.plan.sample(key=key))
         self._evaluate = jax.jit(self._scores, static_argnames="batch_size")
         self._placed: tuple[bytes, CohortRecords] | None = None
@@ -123,9 +121,7 @@ class Federation:
             not_finite=tuple(names[slot] for slot in present if not np.isfinite(metrics.update_norm[slot])),
         )
 
-    def evaluate(
-        self, parameters: Any, hospitals: Hospitals, *, batch_size: int = 16
-    ) -> dict[str, dict[str, float]]:
+    def evaluate(self, parameters: Any, hospitals: Hospitals, *, batch_size: int = 16) -> dict[str, dict[str, float]]:
         """Scores weights on held-out records: `{hospital: {score: value}}`, undefined scores left out."""
         scores = self._evaluate(parameters, hospitals.records, hospitals.counts, batch_size=batch_size)
         result: dict[str, dict[str, float]] = {name: {} for name in hospitals.names}

@@ -100,9 +100,7 @@ def make_round(
         local_key, noise_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
         def train_one(records: Any, count: jax.Array, hospital: jax.Array) -> tuple[Any, SlotMetrics]:
-            result = local_update(
-                state.parameters, records, count, key=jax.random.fold_in(local_key, hospital)
-            )
+            result = local_update(state.parameters, records, count, key=jax.random.fold_in(local_key, hospital))
             clipped, norm = clip_by_global_norm(result.update, mechanism.clip_norm)
             return clipped, SlotMetrics(result.loss, norm)
 

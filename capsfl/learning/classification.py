@@ -53,9 +53,7 @@ def make_classification_task(config: ClassificationConfig, *, seed: int) -> Task
     return make_task("classification", model, loss, scores)
 
 
-def masked_slices(
-    hu: np.ndarray, probability: np.ndarray, config: ClassificationConfig
-) -> np.ndarray:
+def masked_slices(hu: np.ndarray, probability: np.ndarray, config: ClassificationConfig) -> np.ndarray:
     """Picks the axial slices with most marked tissue and masks them.
 
     A slice is the windowed CT, shifted to [0, 1], times the probability that segmentation gives each voxel, padded

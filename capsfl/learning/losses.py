@@ -29,9 +29,7 @@ def weighted_mean(values: Array, weights: Array | None = None) -> Array:
     if weights is None:
         return jnp.mean(values)
     if weights.shape != values.shape:
-        raise ValueError(
-            f"weights {weights.shape} do not fit a batch of {values.shape}; give one per example"
-        )
+        raise ValueError(f"weights {weights.shape} do not fit a batch of {values.shape}; give one per example")
     weights = weights.astype(values.dtype)
     total = jnp.sum(weights)
     return jnp.sum(jnp.where(weights != 0, values, 0) * weights) / jnp.where(total > 0, total, 1)
@@ -115,9 +113,7 @@ def weighted_bce(
     return weighted_mean(_over_pixels(jnp.mean, pixels), weights)
 
 
-def soft_dice_loss(
-    probabilities: Array, truth: Array, weights: Array | None = None, *, smooth: float = 1.0
-) -> Array:
+def soft_dice_loss(probabilities: Array, truth: Array, weights: Array | None = None, *, smooth: float = 1.0) -> Array:
     """Return one minus the soft Dice coefficient of each example (Milletari et al. 2016, V-Net, equation 1).
 
     `1 - (2 sum p t + smooth) / (sum p^2 + sum t^2 + smooth)`, which is zero where both are empty.

@@ -145,11 +145,7 @@ def bootstrap_interval(
         ValueError: if the arrays differ in length or are empty.
     """
     rows = len(arrays[0])
-    if (
-        rows == 0
-        or any(len(array) != rows for array in arrays)
-        or (patients is not None and len(patients) != rows)
-    ):
+    if rows == 0 or any(len(array) != rows for array in arrays) or (patients is not None and len(patients) != rows):
         raise ValueError(f"rows {[len(array) for array in arrays]}: expected equal numbers, at least one")
     if patients is None:
         groups = [np.array([row]) for row in range(rows)]
@@ -159,9 +155,7 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):
-        chosen = np.concatenate(
-            [groups[index] for index in generator.integers(len(groups), size=len(groups))]
-        )
+        chosen = np.concatenate([groups[index] for index in generator.integers(len(groups), size=len(groups))])
         value = statistic(*(array[chosen] for array in arrays))
         if value is not None:
             drawn.append(value)
@@ -231,13 +225,9 @@ def classification_report(
     if hospitals is not None:
         names = np.asarray(hospitals)
         if names.shape != labels.shape:
-            raise ValueError(
-                f"hospitals {names.shape} do not fit labels {labels.shape}; name one per patient"
-            )
+            raise ValueError(f"hospitals {names.shape} do not fit labels {labels.shape}; name one per patient")
         report["hospitals"] = {
-            str(name): classification_report(
-                scores[names == name], labels[names == name], threshold, seed=seed
-            )
+            str(name): classification_report(scores[names == name], labels[names == name], threshold, seed=seed)
             for name in np.unique(names)
         }
     return report
@@ -266,9 +256,7 @@ def permuted_labels_row(
         rows.append(_threshold_figures(scores, shuffled, threshold))
         areas.append(_auc_of_ranks(ranks, shuffled))
     # A figure is undefined in every permutation or in none: classes and calls keep their numbers.
-    means = {
-        key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in rows[0]
-    }
+    means = {key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in rows[0]}
     defined = areas[0] is not None
     return {
         "auc": float(np.mean(areas)) if defined else None,
@@ -298,9 +286,7 @@ def ece(probabilities: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> flo
     """
     probabilities, labels = _scored(probabilities, labels)
     if probabilities.min() < 0 or probabilities.max() > 1:
-        raise ValueError(
-            f"probabilities in [{probabilities.min():g}, {probabilities.max():g}]: expected [0, 1]"
-        )
+        raise ValueError(f"probabilities in [{probabilities.min():g}, {probabilities.max():g}]: expected [0, 1]")
     members = np.minimum((probabilities * bins).astype(int), bins - 1)
     gaps = np.bincount(members, weights=probabilities - labels, minlength=bins)
     return float(np.abs(gaps).sum() / labels.size)

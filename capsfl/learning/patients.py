@@ -65,9 +65,7 @@ def central_field(shape: tuple[int, ...], field: tuple[int, int, int] | None) ->
     for axis, (have, want) in enumerate(zip(shape, size, strict=True)):
         if want > have or want % 8:
             name = "zyx"[axis]
-            raise ValueError(
-                f"data.field = {size}: {want} voxels along {name}; expected a multiple of 8 up to {have}"
-            )
+            raise ValueError(f"data.field = {size}: {want} voxels along {name}; expected a multiple of 8 up to {have}")
     start = [(have - want) // 2 for have, want in zip(shape, size, strict=True)]
     z, y, x = (slice(a, a + want) for a, want in zip(start, size, strict=True))
     return z, y, x

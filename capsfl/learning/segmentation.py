@@ -128,9 +128,7 @@ class Segmenter:
         def one_plane(parameters: Any, hu: jax.Array, *, plane: Plane) -> jax.Array:
             model = task.merge(parameters)
             pictures = slices_of(window(hu), plane, config.model.in_channels)
-            lengths = jax.lax.map(
-                lambda picture: model(picture[None]).lengths[0], pictures, batch_size=batch_size
-            )
+            lengths = jax.lax.map(lambda picture: model(picture[None]).lengths[0], pictures, batch_size=batch_size)
             return volume_from(lengths, plane)
 
         self._one_plane = one_plane

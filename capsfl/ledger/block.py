@@ -64,9 +64,7 @@ class SignedHead:
 
     def is_signed(self) -> bool:
         """Tells whether the head's own key signed it."""
-        return Verifier(self.public_key).verify(
-            self.signature, "head", self.chain_id, canonical.encode(self._body())
-        )
+        return Verifier(self.public_key).verify(self.signature, "head", self.chain_id, canonical.encode(self._body()))
 
     def contradicts(self, other: "SignedHead") -> bool:
         """Tells whether the two prove equivocation: one key signed two roots for one size of one chain."""

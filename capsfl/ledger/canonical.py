@@ -48,9 +48,7 @@ def decode(data: bytes) -> Any:
     try:
         text = data.decode("ascii")
     except UnicodeDecodeError as error:
-        raise CanonicalError(
-            f"byte {error.start} is not ASCII: write other characters as \\u escapes"
-        ) from None
+        raise CanonicalError(f"byte {error.start} is not ASCII: write other characters as \\u escapes") from None
     _check_depth(text)
     try:
         value = json.loads(
@@ -106,9 +104,7 @@ def _check(value: object, depth: int) -> None:
     elif kind is float:
         raise CanonicalError(f"{value!r} is a float: write it with decimal()")
     else:
-        raise CanonicalError(
-            f"a {kind.__name__} has no canonical form: use dict, list, str, int, bool or None"
-        )
+        raise CanonicalError(f"a {kind.__name__} has no canonical form: use dict, list, str, int, bool or None")
 
 
 def _check_text(text: str) -> None:

@@ -29,9 +29,7 @@ class Ledger:
     With a signer it is the folder's only writer; without one it only reads and holds no lock.
     """
 
-    def __init__(
-        self, folder: Path, history: History, end: int, signer: Signer | None, lock: int | None
-    ) -> None:
+    def __init__(self, folder: Path, history: History, end: int, signer: Signer | None, lock: int | None) -> None:
         self.folder = folder
         self._history = history
         self._end = end  # length of the log in bytes, up to the last block
@@ -63,9 +61,7 @@ class Ledger:
         """
         folder = Path(folder)
         if not cls.exists(folder):
-            raise LedgerError(
-                f"{folder}: no ledger here (no head file): create it, or restore it from a checkpoint"
-            )
+            raise LedgerError(f"{folder}: no ledger here (no head file): create it, or restore it from a checkpoint")
         lock = storage.lock(folder / "lock") if signer is not None else None
         try:
             history, end, fault = survey(folder)
@@ -191,9 +187,7 @@ class Ledger:
     def _begin(cls, folder: Path, data: bytes, signer: Signer) -> "Ledger":
         wanted = parse_whole(data)
         if wanted.genesis.public_key != signer.public_key:
-            raise LedgerError(
-                f"{folder}: the key of {signer.hospital_id()} does not own the ledger to restore"
-            )
+            raise LedgerError(f"{folder}: the key of {signer.hospital_id()} does not own the ledger to restore")
         with storage.surfaced(folder):
             folder.mkdir(parents=True, exist_ok=True)
         lock = storage.lock(folder / "lock")
@@ -212,9 +206,7 @@ class Ledger:
     @property
     def _chain(self) -> History:
         if self._failed:
-            raise LedgerError(
-                f"{self.folder}: an earlier write failed: open the ledger again to see what stands"
-            )
+            raise LedgerError(f"{self.folder}: an earlier write failed: open the ledger again to see what stands")
         return self._history
 
     def _writer(self) -> Signer:
@@ -247,9 +239,7 @@ def _check_leftover(log: Path, wanted: History) -> None:
         found, _, fault = parse(stream, committed=0)
     kept = len(found.hashes) <= len(wanted.hashes) and wanted.hashes[: len(found.hashes)] == found.hashes
     if fault is not None or not kept:
-        raise LedgerError(
-            f"{log}: a log without its head, and no part of the one to write: set the folder aside"
-        )
+        raise LedgerError(f"{log}: a log without its head, and no part of the one to write: set the folder aside")
 
 
 def _divergence(folder: Path, mine: Block, theirs: Block) -> Divergence:

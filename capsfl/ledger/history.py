@@ -82,9 +82,7 @@ class History:
         self._admitted(records)
         header = self._expected_header(records)
         if signer.hospital_id() != header["signer"]:
-            raise LedgerError(
-                f"the key of {signer.hospital_id()} does not own this chain: {header['signer']} does"
-            )
+            raise LedgerError(f"the key of {signer.hospital_id()} does not own this chain: {header['signer']} does")
         unsigned = Block(**header, records=tuple(records), signature=b"")
         frontier = self._frontier.copy()
         frontier.append(unsigned.hash())
@@ -113,9 +111,7 @@ class History:
         frontier.append(block.hash())
         genesis = _first(self.blocks[0].records if self.blocks else block.records)
         root = frontier.root()
-        if not SignedHead(
-            genesis.chain_id, genesis.public_key, frontier.size, root, block.signature
-        ).is_signed():
+        if not SignedHead(genesis.chain_id, genesis.public_key, frontier.size, root, block.signature).is_signed():
             raise LedgerError("the signature is not the owner's over this block and all before it")
         self.blocks.append(block)
         self.hashes.append(block.hash())
@@ -143,9 +139,7 @@ class History:
         for position, record in enumerate(records):
             if isinstance(record, Genesis) != (height == 0 and position == 0):
                 raise LedgerError("a chain begins with a genesis record, and holds no other")
-            if index.heights.setdefault(record_id(record), height) != height or (
-                record in records[:position]
-            ):
+            if index.heights.setdefault(record_id(record), height) != height or (record in records[:position]):
                 raise LedgerError(f"this {record.type} record is already in the chain")
             if isinstance(record, Registration):
                 _register(record, index)
@@ -171,9 +165,7 @@ def compare_rounds(recorded: RoundRecord, rerun: RoundRecord) -> None:
             round=recorded.round,
             leaf=leaf,
         )
-    name = next(
-        item.name for item in fields(recorded) if getattr(recorded, item.name) != getattr(rerun, item.name)
-    )
+    name = next(item.name for item in fields(recorded) if getattr(recorded, item.name) != getattr(rerun, item.name))
     found, expected = str(getattr(rerun, name))[:80], str(getattr(recorded, name))[:80]
     raise Divergence(
         f"{where}: {name} is {found}, recorded is {expected}: the run is not the one this ledger records",

@@ -186,9 +186,7 @@ class Verifier:
 @lru_cache(maxsize=256)  # a chain asks for its owner's point at every block
 def _parse_point(public_key: bytes) -> VerifyingKey | None:
     try:
-        return VerifyingKey.from_string(
-            public_key, curve=NIST256p, hashfunc=sha256, valid_encodings=("compressed",)
-        )
+        return VerifyingKey.from_string(public_key, curve=NIST256p, hashfunc=sha256, valid_encodings=("compressed",))
     except Exception:  # points off the curve raise MalformedPointError, TypeError and others
         return None
 

@@ -56,9 +56,7 @@ def parse(stream: BinaryIO, committed: int | None) -> tuple[History, int, Damage
             payload = storage.read_frame(stream)
             if payload is None:
                 missing = committed is not None and height < committed
-                fault = (
-                    DamageError(f"block {height}: the log ends before it", height=height) if missing else None
-                )
+                fault = DamageError(f"block {height}: the log ends before it", height=height) if missing else None
                 return history, end, fault
             history.extend(Block.decode(payload))
         except storage.TornFrame as torn:

@@ -106,9 +106,7 @@ def consistency_proof(leaves: Sequence[bytes], old_size: int) -> tuple[bytes, ..
     return _subproof(leaves, old_size, whole=True)
 
 
-def verify_consistency(
-    old_size: int, new_size: int, old_root: bytes, new_root: bytes, proof: Sequence[bytes]
-) -> bool:
+def verify_consistency(old_size: int, new_size: int, old_root: bytes, new_root: bytes, proof: Sequence[bytes]) -> bool:
     """Tells whether the proof shows the old tree to be a prefix of the new one (RFC 9162, 2.1.4.2).
 
     An old size of 0 is refused: every tree extends the empty one, so there is nothing a proof could show,

@@ -160,9 +160,7 @@ class RoundRecord:
         require(type(self.cohort) is tuple, "round.cohort", self.cohort, "give a tuple of names")
         for hospital in self.cohort:
             check_name("round.cohort", hospital)
-        require(
-            len(set(self.cohort)) == len(self.cohort), "round.cohort", self.cohort, "name a hospital once"
-        )
+        require(len(set(self.cohort)) == len(self.cohort), "round.cohort", self.cohort, "name a hospital once")
         for field in ("clip_norm", "noise_multiplier", "expected_cohort", "epsilon", "delta"):
             check_figure(f"round.{field}", getattr(self, field))
         check_digest("round.configuration_hash", self.configuration_hash)
@@ -253,9 +251,7 @@ def tensor_leaf(path: str, dtype: str, shape: tuple[int, ...], data: bytes | mem
     header = canonical.encode({"type": "tensor.v1", "path": path, "dtype": dtype, "shape": list(shape)})
     view = memoryview(data)
     expected = math.prod(shape) * _DTYPE_BYTES[dtype]
-    require(
-        view.nbytes == expected, "leaf.data", f"{view.nbytes} bytes", f"{dtype}{list(shape)} has {expected}"
-    )
+    require(view.nbytes == expected, "leaf.data", f"{view.nbytes} bytes", f"{dtype}{list(shape)} has {expected}")
     require(view.c_contiguous, "leaf.data", path, "give its elements in C order without gaps")
     # The streamed form of merkle.leaf_hash: a tensor of gigabytes is not copied to be hashed.
     digest = sha256(b"\x00" + len(header).to_bytes(8, "big") + header)

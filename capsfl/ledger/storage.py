@@ -142,9 +142,7 @@ def lock(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise LockedError(
-                f"{path}: another writer holds this ledger: wait for it to end", path=path
-            ) from None
+            raise LockedError(f"{path}: another writer holds this ledger: wait for it to end", path=path) from None
         except BaseException:
             os.close(descriptor)
             raise

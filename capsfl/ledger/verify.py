@@ -86,9 +86,7 @@ def verify(
         detail = f"{size} blocks of chain {history.genesis.chain_id}, all linked and signed"
         findings = [Finding("structure", Status.OK, detail=detail)]
     else:
-        findings = [
-            Finding("structure", Status.FAILED, detail=f"{_line(fault)} ({size} blocks before it hold)")
-        ]
+        findings = [Finding("structure", Status.FAILED, detail=f"{_line(fault)} ({size} blocks before it hold)")]
     findings.append(_check_witness(history, witness_head))
     for record in history.rounds.values():
         tensors = _check_tensors(record, recompute_leaves)
@@ -129,9 +127,7 @@ def _check_witness(history: History, data: bytes | None) -> Finding:
     return Finding("witness", Status.OK, detail=f"extends the {witness.size} blocks the witness saw")
 
 
-def _check_tensors(
-    record: RoundRecord, recompute: Callable[[RoundRecord], Mapping[str, str] | None]
-) -> Finding:
+def _check_tensors(record: RoundRecord, recompute: Callable[[RoundRecord], Mapping[str, str] | None]) -> Finding:
     return _compare("tensors", "tensor", record, dict(record.leaves), recompute)
 
 

@@ -71,9 +71,7 @@ class CapsNetConfig(Settings):
         return cls(image_size=28, classes=10)
 
     @classmethod
-    def ct(
-        cls, image_size: int = 64, *, in_channels: int = 1, reconstruction: bool = False
-    ) -> "CapsNetConfig":
+    def ct(cls, image_size: int = 64, *, in_channels: int = 1, reconstruction: bool = False) -> "CapsNetConfig":
         """Return a small two-class network for CT slices, 115,712 parameters at 64 pixels."""
         return cls(
             image_size=image_size,
@@ -106,9 +104,7 @@ class CapsNetConfig(Settings):
     @model_validator(mode="after")
     def _image_fits(self) -> "CapsNetConfig":
         if self.primary_size() < 1:
-            raise ValueError(
-                f"image_size {self.image_size} is smaller than the kernels need; use a larger image"
-            )
+            raise ValueError(f"image_size {self.image_size} is smaller than the kernels need; use a larger image")
         return self
 
 
@@ -178,9 +174,7 @@ class CapsNet(nnx.Module):
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"images {images.shape}: expected {('batch', *self.image_shape)}")
         if labels is not None and labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels {labels.shape} do not fit images {images.shape}; expected {images.shape[:1]}"
-            )
+            raise ValueError(f"labels {labels.shape} do not fit images {images.shape}; expected {images.shape[:1]}")
         features = jax.nn.relu(self.conv(images))
         if self.hidden is not None:
             features = jax.nn.relu(self.hidden(features))
@@ -198,9 +192,7 @@ class CapsNet(nnx.Module):
 class Decoder(nnx.Module):
     """Fully connected layers from the masked capsules to pixels in [0, 1] (Sabour et al. 2017, figure 2)."""
 
-    def __init__(
-        self, in_features: int, hidden: tuple[int, ...], out_features: int, *, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, in_features: int, hidden: tuple[int, ...], out_features: int, *, rngs: nnx.Rngs) -> None:
         sizes = (in_features, *hidden, out_features)
         self.layers = nnx.List([nnx.Linear(before, after, rngs=rngs) for before, after in pairwise(sizes)])
 

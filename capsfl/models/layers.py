@@ -8,7 +8,7 @@ from capsfl_kernels import conv_capsules, dynamic_routing, squash
 from flax import nnx
 from jax import Array, lax
 
-# Numbers drawn at once. XLA compiles a draw anew for each shape, half a second apiece; one shape serves all layers.
+# Numbers drawn at once. XLA compiles a draw anew for each shape, half a second apiece; one shape serves all.
 _BLOCK = 1 << 14
 
 # Standard deviation of a normal cut off at two standard deviations.
@@ -62,8 +62,7 @@ def convolve(images: Array, kernel: Array, *, strides: int = 1, padding: str = "
     """
     if images.ndim != 4 or kernel.ndim != 4 or images.shape[-1] != kernel.shape[2]:
         raise ValueError(
-            f"images {images.shape} and kernel {kernel.shape}: expected (batch, height, width, in) "
-            "and (k, k, in, out)"
+            f"images {images.shape} and kernel {kernel.shape}: expected (batch, height, width, in) and (k, k, in, out)"
         )
     if jax.default_backend() == "cpu":
         return _convolve_by_slices(images, kernel, strides, padding)
@@ -82,17 +81,11 @@ def _convolve_by_slices(images: Array, kernel: Array, strides: int, padding: str
     rows = (images.shape[1] - size_y) // strides + 1
     columns = (images.shape[2] - size_x) // strides + 1
     if rows < 1 or columns < 1:
-        raise ValueError(
-            f"kernel {kernel.shape} is larger than the image {(height, width)}; use a smaller kernel"
-        )
+        raise ValueError(f"kernel {kernel.shape} is larger than the image {(height, width)}; use a smaller kernel")
     # One axis after the other: 2 k slices instead of k^2, which halves the time to compile.
-    shifted = [
-        lax.slice_in_dim(images, x, x + strides * (columns - 1) + 1, strides, axis=2) for x in range(size_x)
-    ]
+    shifted = [lax.slice_in_dim(images, x, x + strides * (columns - 1) + 1, strides, axis=2) for x in range(size_x)]
     across = jnp.concatenate(shifted, axis=-1)
-    shifted = [
-        lax.slice_in_dim(across, y, y + strides * (rows - 1) + 1, strides, axis=1) for y in range(size_y)
-    ]
+    shifted = [lax.slice_in_dim(across, y, y + strides * (rows - 1) + 1, strides, axis=1) for y in range(size_y)]
     windows = jnp.concatenate(shifted, axis=-1)
     return windows @ kernel.reshape(-1, channels_out)
 
@@ -138,9 +131,7 @@ class PrimaryCapsules(nnx.Module):
         strides: int = 1,
         rngs: nnx.Rngs,
     ) -> None:
-        self.conv = Conv(
-            in_channels, out_capsules * out_dim, kernel_size, strides=strides, padding="VALID", rngs=rngs
-        )
+        self.conv = Conv(in_channels, out_capsules * out_dim, kernel_size, strides=strides, padding="VALID", rngs=rngs)
         self.out_dim = out_dim
 
     def __call__(self, images: Array) -> Array:

@@ -59,9 +59,7 @@ def volume_from(slices: Array, plane: Plane) -> Array:
     if slices.ndim == 4:
         slices = slices[..., slices.shape[-1] // 2]
     if slices.ndim != 3:
-        raise ValueError(
-            f"slices {slices.shape}: expected (slices, height, width) or one more axis of channels"
-        )
+        raise ValueError(f"slices {slices.shape}: expected (slices, height, width) or one more axis of channels")
     return slices.transpose(tuple(int(axis) for axis in np.argsort(axes)))
 
 
@@ -133,9 +131,7 @@ def fit_fusion(probabilities: np.ndarray, truth: np.ndarray, *, iterations: int 
         raise ValueError(f"truth {truth.shape} does not fit probabilities {probabilities.shape}")
     target = np.asarray(truth, np.float64).ravel()
     if not 0 < target.sum() < target.size:
-        raise ValueError(
-            "truth holds one class only; the learned rule needs foreground and background voxels"
-        )
+        raise ValueError("truth holds one class only; the learned rule needs foreground and background voxels")
     features = np.vstack([probabilities.reshape(len(probabilities), -1), np.ones((1, target.size))])
     features = features.astype(np.float64)
     weights = np.zeros(len(features))

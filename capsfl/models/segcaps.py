@@ -85,9 +85,7 @@ class SegCaps(nnx.Module):
         self.deconv_cap_2_2 = same(small, 4, small, 5)
         self.deconv_cap_3_1 = up(small, 2, small, 4)
         self.seg_caps = same(small, 1, small, 1)
-        self.recon = (
-            ReconstructionHead(small, scale(64), scale(128), rngs=rngs) if config.reconstruction else None
-        )
+        self.recon = ReconstructionHead(small, scale(64), scale(128), rngs=rngs) if config.reconstruction else None
 
     def __call__(self, images: Array, truth: Array | None = None) -> SegCapsOutput:
         """Segment images.
@@ -107,13 +105,9 @@ class SegCaps(nnx.Module):
         if images.ndim != 4 or images.shape[-1] != channels:
             raise ValueError(f"images {images.shape}: expected (batch, height, width, {channels})")
         if images.shape[1] % 8 or images.shape[2] % 8:
-            raise ValueError(
-                f"images {images.shape}: height and width must be divisible by 8; pad or crop them"
-            )
+            raise ValueError(f"images {images.shape}: height and width must be divisible by 8; pad or crop them")
         if truth is not None and truth.shape != images.shape[:3]:
-            raise ValueError(
-                f"truth {truth.shape} does not fit images {images.shape}; expected {images.shape[:3]}"
-            )
+            raise ValueError(f"truth {truth.shape} does not fit images {images.shape}; expected {images.shape[:3]}")
 
         full = jax.nn.relu(self.conv1(images))[:, None]
         half = self.conv_cap_2_1(self.primarycaps(full))

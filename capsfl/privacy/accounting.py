@@ -201,9 +201,7 @@ def _gaussian_epsilon(noise_multiplier: float, *, rounds: int, delta: float) -> 
 
 
 @lru_cache(maxsize=4)  # one distribution can hold tens of MB
-def _privacy_loss(
-    mechanism: SampledGaussian, grid_step: float
-) -> privacy_loss_distribution.PrivacyLossDistribution:
+def _privacy_loss(mechanism: SampledGaussian, grid_step: float) -> privacy_loss_distribution.PrivacyLossDistribution:
     # What PLDAccountant builds for this event, kept so that a curve over rounds pays for it once.
     event = mechanism.event
     assert isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent)

@@ -19,9 +19,7 @@ _MOST_NOISE = 2.0**20
 
 def max_rounds(mechanism: SampledGaussian, *, target_epsilon: float, delta: float) -> int:
     """Returns the most rounds, up to `MOST_ROUNDS`, whose epsilon is at most `target_epsilon`; possibly 0."""
-    return _largest(
-        lambda rounds: epsilon(mechanism, rounds=rounds, delta=delta) <= target_epsilon, most=MOST_ROUNDS
-    )
+    return _largest(lambda rounds: epsilon(mechanism, rounds=rounds, delta=delta) <= target_epsilon, most=MOST_ROUNDS)
 
 
 def solve(
@@ -66,9 +64,7 @@ def solve(
         return epsilon(replace(mechanism, cohort=size), rounds=count, delta=delta) <= affordable
 
     def fits_noise(multiplier: float) -> bool:
-        return (
-            epsilon(replace(mechanism, noise_multiplier=multiplier), rounds=count, delta=delta) <= affordable
-        )
+        return epsilon(replace(mechanism, noise_multiplier=multiplier), rounds=count, delta=delta) <= affordable
 
     if for_ == "rounds":
         count = max_rounds(mechanism, target_epsilon=affordable, delta=delta)

@@ -69,8 +69,7 @@ class SampledGaussian:
             raise PrivacyError(
                 "truncation",
                 self.truncation,
-                f"must lie between the expected cohort ({self.cohort}) "
-                f"and the number of hospitals ({self.hospitals})",
+                f"must lie between the expected cohort ({self.cohort}) and the number of hospitals ({self.hospitals})",
             )
 
     @property

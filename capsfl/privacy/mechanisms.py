@@ -38,9 +38,7 @@ def add_gaussian(sum_tree: Tree, *, key: Array, standard_deviation: ArrayLike) -
     # One draw, not one a leaf: each costs half a second to compile, and a network has dozens of leaves.
     draw = jnp.asarray(standard_deviation, widest) * jax.random.normal(key, (sum(sizes),), widest)
     parts = jnp.split(draw, list(itertools.accumulate(sizes))[:-1])
-    noisy = [
-        leaf + part.reshape(leaf.shape).astype(leaf.dtype) for leaf, part in zip(leaves, parts, strict=True)
-    ]
+    noisy = [leaf + part.reshape(leaf.shape).astype(leaf.dtype) for leaf, part in zip(leaves, parts, strict=True)]
     return jax.tree.unflatten(structure, noisy)
 
 

@@ -99,9 +99,7 @@ class PrivacyPlan:
             return sample_all(num_hospitals=hospitals)
         if self.mechanism.sampler == "fixed":
             return sample_fixed(key=key, num_hospitals=hospitals, cohort=self.mechanism.cohort)
-        return sample_poisson(
-            key=key, num_hospitals=hospitals, cohort=self.mechanism.cohort, truncation=self.num_slots
-        )
+        return sample_poisson(key=key, num_hospitals=hospitals, cohort=self.mechanism.cohort, truncation=self.num_slots)
 
     def epsilon(self, rounds: int) -> float | None:
         """Returns the epsilon of `rounds` rounds at the configured delta, or None when nothing bounds it."""

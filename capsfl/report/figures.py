@@ -315,9 +315,7 @@ def _band(series: Mapping[str, Points]) -> tuple[list[float], list[float], list[
         for place, value in points:
             values.setdefault(place, []).append(value)
     rounds = sorted(values)
-    low, middle, high = (
-        [float(np.percentile(values[place], share)) for place in rounds] for share in (10, 50, 90)
-    )
+    low, middle, high = ([float(np.percentile(values[place], share)) for place in rounds] for share in (10, 50, 90))
     return rounds, low, middle, high
 
 
@@ -343,9 +341,7 @@ def _svg(figure: Figure, label: str) -> str:
     # Only what is referred to keeps a name, and the name says whose it is: several drawings share one page.
     mark = hashlib.sha256(drawing.encode()).hexdigest()[:8]
     used = set(re.findall(r'(?:href="|url\()#([\w.-]+)', body))
-    body = re.sub(
-        r' id="([^"]*)"', lambda found: f' id="{mark}-{found[1]}"' if found[1] in used else "", body
-    )
+    body = re.sub(r' id="([^"]*)"', lambda found: f' id="{mark}-{found[1]}"' if found[1] in used else "", body)
     body = re.sub(r'(href="|url\()#', rf"\1#{mark}-", body)
     body = re.sub(r'style="[^"]*"', lambda found: _page_style(found[0]), body)
     body = re.sub(r">\s+<", "><", body)

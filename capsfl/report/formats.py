@@ -40,11 +40,7 @@ def duration(value: Any) -> str:
         return f"{found:.2g}\u00a0s" if found < 10 else f"{found:.0f}\u00a0s"
     minutes, seconds = divmod(round(found), 60)
     hours, rest = divmod(minutes, 60)
-    return (
-        f"{hours}\u00a0h\u00a0{rest:02d}\u00a0min"
-        if hours
-        else f"{minutes}\u00a0min\u00a0{seconds:02d}\u00a0s"
-    )
+    return f"{hours}\u00a0h\u00a0{rest:02d}\u00a0min" if hours else f"{minutes}\u00a0min\u00a0{seconds:02d}\u00a0s"
 
 
 def size(value: Any) -> str:

@@ -31,9 +31,7 @@ def grey_levels(hu: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.round(np.clip((hu - level) / width + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-def outline(
-    field: NDArray[np.floating] | NDArray[np.bool_], level: float = DECISION
-) -> list[NDArray[np.float64]]:
+def outline(field: NDArray[np.floating] | NDArray[np.bool_], level: float = DECISION) -> list[NDArray[np.float64]]:
     """Trace the lines where a `(height, width)` field crosses `level`.
 
     Returns:
@@ -69,9 +67,7 @@ def triptych(overlay: Overlay) -> str:
         else:
             scan = f'<use href="#{key}"/>'
         paths = "".join(
-            f'<path class="{name}" d="{_path(mask, overlay.aspect)}"/>'
-            for name, mask in layers
-            if mask is not None
+            f'<path class="{name}" d="{_path(mask, overlay.aspect)}"/>' for name, mask in layers if mask is not None
         )
         parts.append(f'<g transform="translate({place * (width + gap):.2f} 0)">{scan}{paths}</g>')
     label = html.escape(f"Slice {overlay.index} of {overlay.patient}: scan, truth, prediction")
@@ -90,6 +86,4 @@ def _picture(overlay: Overlay) -> str:
 
 
 def _path(mask: NDArray[np.floating] | NDArray[np.bool_], aspect: float) -> str:
-    return "".join(
-        "M" + "L".join(f"{x:.1f} {y * aspect:.1f}" for x, y in line) + "Z" for line in outline(mask)
-    )
+    return "".join("M" + "L".join(f"{x:.1f} {y * aspect:.1f}" for x, y in line) + "Z" for line in outline(mask))

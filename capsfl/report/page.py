@@ -154,9 +154,7 @@ def _progress(study: Study) -> str:
     if not waiting:
         return ""
     rounds = {name: sum(1 for arm in study.arms if arm.name == name for _ in arm.rounds) for name in waiting}
-    return "No results yet from " + ", ".join(
-        f"{name} ({count} rounds logged)" for name, count in rounds.items()
-    )
+    return "No results yet from " + ", ".join(f"{name} ({count} rounds logged)" for name, count in rounds.items())
 
 
 def _headlines(study: Study, comparisons: Mapping[str, Comparison | None]) -> list[dict[str, Any]]:
@@ -191,9 +189,7 @@ def _privacy_headline(study: Study, comparisons: Mapping[str, Comparison | None]
     costs = []
     for task, label in (("classification", "AUC"), ("segmentation", "Dice")):
         comparison = comparisons[task]
-        private, lead = (
-            (comparison.row(arm.name), comparison.row(comparison.lead)) if comparison else (None, None)
-        )
+        private, lead = (comparison.row(arm.name), comparison.row(comparison.lead)) if comparison else (None, None)
         if private and lead and private is not lead:
             values = [number_at(row.values, METRIC[task]) for row in (private, lead)]
             if None not in values:
@@ -255,9 +251,7 @@ def _segmentation(study: Study, comparison: Comparison | None) -> dict[str, Any]
         "comparison": comparison,
         "verdict": comparison.verdict(),
         "forest": _forest(study, comparison, "Dice", None),
-        "planes": {
-            name: value for name, value in record_at(result, "planes").items() if number(value) is not None
-        },
+        "planes": {name: value for name, value in record_at(result, "planes").items() if number(value) is not None},
         "hospitals": record_at(result, "hospitals"),
         "overlays": overlays,
     }
@@ -293,8 +287,7 @@ def _strips(scores: Sequence[Record]) -> list[Scores]:
     for name in names:
         own = [row for row in scores if text(row.get("hospital")) == name]
         by_label = {
-            label: [float(row["score"]) for row in own if bool(row.get("label")) is label]
-            for label in (True, False)
+            label: [float(row["score"]) for row in own if bool(row.get("label")) is label] for label in (True, False)
         }
         groups.append(Scores(name, by_label[True], by_label[False]))
     return groups
@@ -380,23 +373,17 @@ def _runtime(study: Study) -> dict[str, Any]:
             if not rounds:
                 continue
             totals = {
-                key: sum(found)
-                if (found := [n for row in rounds if (n := number_at(row, key)) is not None])
-                else None
+                key: sum(found) if (found := [n for row in rounds if (n := number_at(row, key)) is not None]) else None
                 for key in ("seconds", "cpu_seconds")
             }
-            peak = max(
-                (n for row in rounds if (n := number_at(row, "peak_memory_bytes")) is not None), default=None
-            )
+            peak = max((n for row in rounds if (n := number_at(row, "peak_memory_bytes")) is not None), default=None)
             count = len(rounds)
             work.append({"arm": arm.name, "task": task, "rounds": count, "peak": peak, **totals})
             if peak is not None:
                 memory.append((f"{arm.name}, {task}", [peak / 2**20]))
     drawings = []
     if stages:
-        drawings.append(
-            figures.bars(stages, quantity="seconds, wall / process CPU", colours=("accent", "negative"))
-        )
+        drawings.append(figures.bars(stages, quantity="seconds, wall / process CPU", colours=("accent", "negative")))
     if memory:
         drawings.append(figures.bars(memory, quantity="peak memory in MiB", colours=("accent",)))
     return {"drawings": [Markup(drawing) for drawing in drawings], "work": work}
@@ -428,9 +415,7 @@ def _ledgers(study: Study) -> list[dict[str, Any]]:
         shown = blocks
         if len(blocks) > MAX_BLOCKS:  # the beginning, the end, and every block that failed a check
             tail = len(blocks) - (MAX_BLOCKS - 6)
-            shown = [
-                block for place, block in enumerate(blocks) if place < 6 or place >= tail or block["bad"]
-            ]
+            shown = [block for place, block in enumerate(blocks) if place < 6 or place >= tail or block["bad"]]
         findings.sort(key=lambda row: ("bad", "warn", "good").index(row["tone"]))
         ledgers.append(
             {
@@ -440,9 +425,7 @@ def _ledgers(study: Study) -> list[dict[str, Any]]:
                 "hidden": len(blocks) - len(shown[: 4 * MAX_BLOCKS]),
                 "problems": [row for row in findings if row["tone"] != "good"][:MAX_FINDINGS],
                 "passed": [row for row in findings if row["tone"] == "good"][:MAX_FINDINGS],
-                "counts": {
-                    tone: sum(row["tone"] == tone for row in findings) for tone in ("good", "warn", "bad")
-                },
+                "counts": {tone: sum(row["tone"] == tone for row in findings) for tone in ("good", "warn", "bad")},
             }
         )
     return ledgers

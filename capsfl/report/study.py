@@ -186,9 +186,7 @@ def _overlay(path: Path, row: Record, arrays: Mapping[str, NDArray[Any]]) -> Ove
     layers = {name: arrays.get(f"{name}_{key}") for name in ("truth", "prediction")}
     for name, layer in layers.items():
         if layer is not None and layer.shape != hu.shape:
-            raise StudyError(
-                f"{path}: {name}_{key} is {layer.shape}, hu_{key} is {hu.shape}; they must agree"
-            )
+            raise StudyError(f"{path}: {name}_{key} is {layer.shape}, hu_{key} is {hu.shape}; they must agree")
     if hu.ndim != 2 or min(hu.shape) < 2:
         raise StudyError(f"{path}: hu_{key} has shape {hu.shape}; a slice is (height, width), each >= 2")
     aspect = float(arrays[f"aspect_{key}"]) if f"aspect_{key}" in arrays else 1.0

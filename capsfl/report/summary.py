@@ -106,9 +106,7 @@ def _charts(study: Study) -> list[tuple[str, Callable[[Axes], None]]]:
 
 def _curves(axes: Axes, *, study: Study, rounds: list, metric: str) -> None:
     series, colours = metric_series(rounds, metric), hospital_colours(study)
-    draw_curves(
-        axes, series, colours=colours, overall=overall_series(rounds, metric), unit_interval=metric != "loss"
-    )
+    draw_curves(axes, series, colours=colours, overall=overall_series(rounds, metric), unit_interval=metric != "loss")
     for place, name in enumerate(series if len(series) <= MAX_LINES else ()):
         axes.text(
             0.97,

@@ -135,9 +135,7 @@ def hospital_colours(study: Study) -> dict[str, str]:
 def arm_colours(study: Study) -> dict[str, str]:
     """The accent for the primary arm, other colours for the others."""
     others = [arm.name for arm in study.arms if arm.name != study.primary]
-    return {study.primary: "accent"} | {
-        name: f"series-{(2 * place + 1) % 8}" for place, name in enumerate(others)
-    }
+    return {study.primary: "accent"} | {name: f"series-{(2 * place + 1) % 8}" for place, name in enumerate(others)}
 
 
 def estimates(study: Study, comparison: Comparison) -> list[Estimate]:
@@ -158,9 +156,7 @@ def metric_series(rounds: Sequence[Record], metric: str) -> dict[str, Points]:
     for row in rounds:
         place, member = number_at(row, "round"), text(row.get("member"))
         hospitals = record_at(row, "hospitals")
-        values = {
-            name: number_at(hospitals, name, metric) for name in hospitals if not member or name == member
-        }
+        values = {name: number_at(hospitals, name, metric) for name in hospitals if not member or name == member}
         if member and values.get(member) is None:
             values[member] = number_at(row, metric)
         for name, value in values.items():
@@ -186,7 +182,5 @@ def roc_curves(study: Study) -> list[tuple[str, Record, RocCurve]]:
             continue
         specificity, sensitivity = number_at(overall, "specificity"), number_at(overall, "sensitivity")
         point = None if specificity is None or sensitivity is None else (1 - specificity, sensitivity)
-        found.append(
-            (arm.name, overall, RocCurve(false, true, colours[arm.name], point if arm is lead else None))
-        )
+        found.append((arm.name, overall, RocCurve(false, true, colours[arm.name], point if arm is lead else None)))
     return found

@@ -32,9 +32,7 @@ def choose_implementation(
                 f"{operator}: implementation={name!r} is unknown; choose from {', '.join(IMPLEMENTATIONS)}"
             )
     if not names:
-        raise ValueError(
-            f"{operator}: implementation=() names none; choose from {', '.join(IMPLEMENTATIONS)}"
-        )
+        raise ValueError(f"{operator}: implementation=() names none; choose from {', '.join(IMPLEMENTATIONS)}")
     return "reference" if names[0] == "reference" else "streamed"
 
 
@@ -52,9 +50,7 @@ def check_routing(operator: str, num_iters: int, gradient: str, block_size: int 
         raise ValueError(f"{operator}: num_iters={num_iters!r} must be an integer of at least 1")
     if gradient not in ("full", "last"):
         raise ValueError(f"{operator}: gradient={gradient!r} is unknown; choose 'full' or 'last'")
-    if block_size is not None and (
-        isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1
-    ):
+    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
         raise ValueError(f"{operator}: block_size={block_size!r} must be None or an integer of at least 1")
 
 
@@ -63,17 +59,13 @@ def check_capsules(operator: str, **arrays: jax.Array) -> None:
     for name, array in arrays.items():
         accumulation_dtype(array.dtype)
         if 0 in array.shape:
-            raise ValueError(
-                f"{operator}: {name} has shape {array.shape}; every axis needs at least one entry"
-            )
+            raise ValueError(f"{operator}: {name} has shape {array.shape}; every axis needs at least one entry")
 
 
 def check_bias(operator: str, bias: jax.Array | None, capsules: int, dim: int, against: str) -> None:
     """Refuses a bias whose shape is not (capsules, dim)."""
     if bias is not None and bias.shape != (capsules, dim):
-        raise ValueError(
-            f"{operator}: bias has shape {bias.shape}, but {against} asks for ({capsules}, {dim})"
-        )
+        raise ValueError(f"{operator}: bias has shape {bias.shape}, but {against} asks for ({capsules}, {dim})")
 
 
 def common_variation(*arrays: jax.Array) -> tuple[jax.Array, ...]:

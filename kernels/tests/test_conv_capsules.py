@@ -97,9 +97,7 @@ def test_streamed_gradient_agrees_with_finite_differences(case):
     st.sampled_from(["full", "last"]),
     st.integers(1, 4),
 )
-def test_streamed_gradients_equal_stored_votes(
-    size, types, window, strides, transpose, padding, gradient, block
-):
+def test_streamed_gradients_equal_stored_votes(size, types, window, strides, transpose, padding, gradient, block):
     assume(padding == "SAME" or transpose or window <= min(size))
     case = cases.Case(size, types, 2, window, 2, 3, strides, transpose, padding, num_iters=2)
     with jax.enable_x64(True):
@@ -137,9 +135,7 @@ def test_any_number_of_batch_axes(leading):
 
 def test_one_output_type_never_forms_votes_of_several_types():
     inputs, kernel, bias = _arguments(cases.Case((8, 8), 5, 2, 3, capsules=1, dim=4))
-    traced = str(
-        jax.make_jaxpr(lambda *a: conv_capsules(*a, implementation="reference"))(inputs, kernel, bias)
-    )
+    traced = str(jax.make_jaxpr(lambda *a: conv_capsules(*a, implementation="reference"))(inputs, kernel, bias))
     assert "f32[10,8,8,4]" not in traced  # 2 examples × 5 types
     assert "f32[2,8,8,4]" in traced
 

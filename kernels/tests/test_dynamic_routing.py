@@ -26,9 +26,7 @@ def _arguments(case: cases.Case, dtype=jnp.float32):
 
 def _gradients(implementation, arguments, **options):
     def loss(inputs, weights, bias):
-        return jnp.sum(
-            jnp.sin(3 * dynamic_routing(inputs, weights, bias, implementation=implementation, **options))
-        )
+        return jnp.sum(jnp.sin(3 * dynamic_routing(inputs, weights, bias, implementation=implementation, **options)))
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arguments)
 
@@ -74,9 +72,7 @@ def test_full_gradient_agrees_with_finite_differences(implementation, leaky):
     st.sampled_from(["full", "last"]),
     st.integers(1, 10),
 )
-def test_streamed_gradients_equal_stored_votes(
-    batch, inputs, depth, capsules, dim, iters, leaky, gradient, block
-):
+def test_streamed_gradients_equal_stored_votes(batch, inputs, depth, capsules, dim, iters, leaky, gradient, block):
     with jax.enable_x64(True):
         arguments = _arguments(cases.Case(batch, inputs, depth, capsules, dim), jnp.float64)
         options = {"num_iters": iters, "leaky": leaky, "gradient": gradient}
@@ -116,9 +112,7 @@ def test_bfloat16_accumulates_in_float32(implementation):
     wide = tuple(a.astype(jnp.float32) for a in arguments)
     got = dynamic_routing(*arguments, implementation=implementation)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        got.astype(jnp.float32), dynamic_routing(*wide, implementation="reference"), atol=0.02
-    )
+    np.testing.assert_allclose(got.astype(jnp.float32), dynamic_routing(*wide, implementation="reference"), atol=0.02)
     _, grads = _gradients(implementation, arguments)
     _, expected = _gradients("reference", wide)
     for grad, full, argument in zip(grads, expected, arguments, strict=True):
@@ -161,9 +155,7 @@ def test_impossible_arguments_are_refused_with_both_shapes():
         dynamic_routing(u, jnp.ones((6, 4, 6, 3)))
     with pytest.raises(ValueError, match=r"weights has shape \(5, 0, 6, 3\); every axis needs at least one"):
         dynamic_routing(u, jnp.ones((5, 0, 6, 3)))
-    with pytest.raises(
-        ValueError, match=r"bias has shape \(4,\), but weights \(5, 4, 6, 3\) asks for \(4, 6\)"
-    ):
+    with pytest.raises(ValueError, match=r"bias has shape \(4,\), but weights \(5, 4, 6, 3\) asks for \(4, 6\)"):
         dynamic_routing(u, w, jnp.ones(4))
     with pytest.raises(ValueError, match="implementation='fast' is unknown; choose from reference, streamed"):
         dynamic_routing(u, w, implementation=("streamed", "fast"))
@@ -179,11 +171,7 @@ def test_impossible_arguments_are_refused_with_both_shapes():
 
 def test_a_sequence_of_implementations_runs_the_first():
     arguments = _arguments(cases.TINY)
-    first = str(
-        jax.make_jaxpr(lambda *a: dynamic_routing(*a, implementation=("streamed", "reference")))(*arguments)
-    )
-    other = str(
-        jax.make_jaxpr(lambda *a: dynamic_routing(*a, implementation=("reference", "streamed")))(*arguments)
-    )
+    first = str(jax.make_jaxpr(lambda *a: dynamic_routing(*a, implementation=("streamed", "reference")))(*arguments))
+    other = str(jax.make_jaxpr(lambda *a: dynamic_routing(*a, implementation=("reference", "streamed")))(*arguments))
     assert "custom_vjp_call" in first
     assert "custom_vjp_call" not in other

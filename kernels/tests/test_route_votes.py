@@ -48,9 +48,7 @@ def test_value_is_that_of_the_papers_loops(case, implementation, route_by_hand):
     st.sampled_from(["full", "last"]),
     st.integers(1, 9),
 )
-def test_streamed_gradients_equal_stored_couplings(
-    positions, inputs, capsules, dim, iters, leaky, gradient, block
-):
+def test_streamed_gradients_equal_stored_couplings(positions, inputs, capsules, dim, iters, leaky, gradient, block):
     with jax.enable_x64(True):
         arguments = _arguments(cases.Case(tuple(positions), inputs, capsules, dim), jnp.float64)
         options = {"num_iters": iters, "leaky": leaky, "gradient": gradient}
@@ -63,9 +61,7 @@ def test_streamed_gradients_equal_stored_couplings(
 def test_no_bias_is_a_bias_of_zero(implementation):
     votes, bias = _arguments(cases.TINY)
     got = route_votes(votes, implementation=implementation)
-    np.testing.assert_array_equal(
-        got, route_votes(votes, jnp.zeros_like(bias), implementation=implementation)
-    )
+    np.testing.assert_array_equal(got, route_votes(votes, jnp.zeros_like(bias), implementation=implementation))
 
 
 def test_temporary_memory_is_at_most_a_quarter_of_stored_couplings():
@@ -81,9 +77,7 @@ def test_temporary_memory_is_at_most_a_quarter_of_stored_couplings():
 
 
 def test_impossible_arguments_are_refused():
-    with pytest.raises(
-        ValueError, match=r"votes has shape \(3, 4\), needs \(\.\.\., inputs, capsules, dim\)"
-    ):
+    with pytest.raises(ValueError, match=r"votes has shape \(3, 4\), needs \(\.\.\., inputs, capsules, dim\)"):
         route_votes(jnp.ones((3, 4)))
     with pytest.raises(ValueError, match=r"votes has shape \(2, 0, 3, 4\)"):
         route_votes(jnp.ones((2, 0, 3, 4)))

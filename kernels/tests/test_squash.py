@@ -29,9 +29,7 @@ def test_length_stays_below_one_and_direction_is_kept(x):
         assert np.all(np.linalg.norm(y, axis=-1) <= 1 + 1e-6)
         lengths = np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True)
         aligned = np.sum(x * y, axis=-1, keepdims=True)
-        np.testing.assert_allclose(
-            aligned, lengths * np.linalg.norm(y, axis=-1, keepdims=True), rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(aligned, lengths * np.linalg.norm(y, axis=-1, keepdims=True), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1e-3, 0.5, 1.0, 7.0])

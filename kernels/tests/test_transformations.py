@@ -32,9 +32,7 @@ def _loss(operator, implementation):
 
 def _one_after_the_other(operator, arguments, batched):
     grad = jax.jit(jax.value_and_grad(_loss(operator, "reference"), argnums=tuple(range(len(arguments)))))
-    picks = [
-        [a[i if many else 0] for a, many in zip(arguments, batched, strict=True)] for i in range(HOSPITALS)
-    ]
+    picks = [[a[i if many else 0] for a, many in zip(arguments, batched, strict=True)] for i in range(HOSPITALS)]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *(grad(*pick) for pick in picks))
 
 
@@ -66,9 +64,7 @@ def test_gradient_of_a_vmap_is_the_vmap_of_the_gradient(name):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_checkpoint_and_scan_change_nothing(name, implementation):
     operator, arguments = OPERATORS[name]
-    grad = jax.value_and_grad(
-        jax.checkpoint(_loss(operator, implementation)), argnums=tuple(range(len(arguments)))
-    )
+    grad = jax.value_and_grad(jax.checkpoint(_loss(operator, implementation)), argnums=tuple(range(len(arguments))))
     got = jax.jit(lambda *a: jax.lax.map(lambda one: grad(*one), a))(*arguments)
     _close(got, _one_after_the_other(operator, arguments, [True] * len(arguments)))
 

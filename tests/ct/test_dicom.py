@@ -170,15 +170,11 @@ def test_several_series_are_listed_and_selectable(tmp_path, write_series):
         read_dicom(tmp_path, series="3")
 
 
-def test_localizer_derived_and_foreign_objects_are_skipped_with_a_logged_reason(
-    tmp_path, write_series, caplog
-):
+def test_localizer_derived_and_foreign_objects_are_skipped_with_a_logged_reason(tmp_path, write_series, caplog):
     write_series(tmp_path)
     kinds = {"5.1": ["ORIGINAL", "PRIMARY", "LOCALIZER"], "5.2": ["DERIVED", "SECONDARY", "MPR"]}
     for uid, kind in kinds.items():
-        write_series(
-            tmp_path, uid=uid, edit=lambda _, dataset, kind=kind: setattr(dataset, "ImageType", kind)
-        )
+        write_series(tmp_path, uid=uid, edit=lambda _, dataset, kind=kind: setattr(dataset, "ImageType", kind))
     write_series(tmp_path, uid="5.3", edit=lambda _, dataset: setattr(dataset, "Modality", "PT"))
     (tmp_path / "notes.txt").write_text("not an image")
     with caplog.at_level(logging.INFO, logger="capsfl.ct"):

@@ -234,9 +234,7 @@ def test_a_real_series_and_real_masks_go_all_the_way(shared_data, tmp_path):
         f"nifti,b,{stem}.nii.gz,{stem}-msk.nii.gz,127.5",
     )
     manifest = write_manifest(tmp_path / "real.csv", rows)
-    report = ingest(
-        manifest, tmp_path / "out", config=VolumeConfig(), root=shared_data, processes=1, progress=False
-    )
+    report = ingest(manifest, tmp_path / "out", config=VolumeConfig(), root=shared_data, processes=1, progress=False)
     assert report.written == 3
     for entry in report.index:
         volume, _ = read_volume(entry.path)

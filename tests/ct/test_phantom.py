@@ -171,9 +171,7 @@ def test_thin_slices_average_to_the_thick_slab(positive):
 
 
 def test_a_coarser_matrix_shows_the_same_patient(positive):
-    fine, coarse = (
-        Thorax(positive, matrix=matrix, field_of_view_mm=360).slab(0.0, 5.0)[0] for matrix in (256, 128)
-    )
+    fine, coarse = (Thorax(positive, matrix=matrix, field_of_view_mm=360).slab(0.0, 5.0)[0] for matrix in (256, 128))
     pooled = fine.reshape(128, 2, 128, 2).mean((1, 3))
     assert np.corrcoef(pooled.ravel(), coarse.ravel())[0, 1] > 0.99
 
@@ -246,6 +244,4 @@ def test_a_smooth_minimum_is_never_above_the_minimum_nor_a_quarter_width_below(a
 
 
 def test_coverage_is_a_half_on_the_edge_and_saturates():
-    np.testing.assert_allclose(
-        coverage(np.array([-5.0, -0.35, 0, 0.35, 5]), 0.7), [1, 1, 0.5, 0, 0], atol=1e-6
-    )
+    np.testing.assert_allclose(coverage(np.array([-5.0, -0.35, 0, 0.35, 5]), 0.7), [1, 1, 0.5, 0, 0], atol=1e-6)

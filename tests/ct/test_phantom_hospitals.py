@@ -267,6 +267,4 @@ def test_the_reader_sees_the_phantoms_geometry(phantom, rows):
     stored = np.stack([slice_.pixel_array.astype(int) for slice_ in series]) - 1024
     np.testing.assert_allclose(scan.hu[scan.valid], stored[scan.valid])
     assert scan.spacing_mm == pytest.approx((10.0, *map(float, series[0].PixelSpacing)))
-    np.testing.assert_allclose(
-        scan.affine[:3, 3], [float(v) for v in series[0].ImagePositionPatient], atol=1e-3
-    )
+    np.testing.assert_allclose(scan.affine[:3, 3], [float(v) for v in series[0].ImagePositionPatient], atol=1e-3)

@@ -30,8 +30,7 @@ def registrations() -> tuple[Registration, ...]:
     """Three hospitals."""
     signers = {name: _signer(100 + index) for index, name in enumerate(("north", "south", "Öst"))}
     return tuple(
-        Registration(signer.hospital_id(), name, signer.public_key, "lung CT", 10)
-        for name, signer in signers.items()
+        Registration(signer.hospital_id(), name, signer.public_key, "lung CT", 10) for name, signer in signers.items()
     )
 
 

@@ -12,9 +12,7 @@ from capsfl.ledger.errors import CanonicalError
 _text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 _values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | _text,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(max_codepoint=127)), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(max_codepoint=127)), inner),
     max_leaves=12,
 ).filter(lambda value: _depth(value) <= 8)
 

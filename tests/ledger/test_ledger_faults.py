@@ -129,13 +129,9 @@ def test_a_faulty_creation_can_be_made_again(tmp_path, owner, registrations):
     assert _campaign(act, check) >= 8
 
 
-def test_a_faulty_restore_can_be_made_again_from_the_same_checkpoint(
-    tmp_path, owner, registrations, round_record
-):
+def test_a_faulty_restore_can_be_made_again_from_the_same_checkpoint(tmp_path, owner, registrations, round_record):
     folder = tmp_path / "ledger"
-    with Ledger.create(
-        tmp_path / "source", signer=owner, chain_id="c", registrations=registrations[:1]
-    ) as ledger:
+    with Ledger.create(tmp_path / "source", signer=owner, chain_id="c", registrations=registrations[:1]) as ledger:
         ledger.append(round_record(0, cohort=("north",)))
         data = ledger.export()
 
@@ -178,9 +174,7 @@ except StorageError as error:
 
 
 @pytest.mark.torture
-def test_a_writer_killed_at_any_moment_keeps_every_acknowledged_round(
-    tmp_path, owner, registrations, round_record
-):
+def test_a_writer_killed_at_any_moment_keeps_every_acknowledged_round(tmp_path, owner, registrations, round_record):
     owner.save(tmp_path / "key.pem")
     folder = tmp_path / "ledger"
     with Ledger.create(folder, signer=owner, chain_id="c", registrations=registrations) as ledger:

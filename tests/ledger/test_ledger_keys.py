@@ -38,9 +38,7 @@ def _wycheproof(folder, name):
 
 def test_wycheproof_p1363_signatures_are_judged_right_and_high_s_is_refused(shared_vectors):
     counts = {"valid": 0, "invalid": 0}
-    for case, verifier, signature, message in _wycheproof(
-        shared_vectors, "ecdsa_secp256r1_sha256_p1363_test.json"
-    ):
+    for case, verifier, signature, message in _wycheproof(shared_vectors, "ecdsa_secp256r1_sha256_p1363_test.json"):
         counts[case["result"]] += 1
         if case["result"] == "valid":
             # The vectors count both s as valid; we accept the lower one alone.
@@ -61,9 +59,7 @@ def test_wycheproof_der_signatures_are_judged_right_once_strictly_decoded(shared
             raw = _low(_raw(*sigdecode_der(signature, _ORDER)))
         except (UnexpectedDER, ValueError, OverflowError):
             raw = None
-        assert (raw is not None and verifier.verify_message(raw, message)) is (case["result"] == "valid"), (
-            case
-        )
+        assert (raw is not None and verifier.verify_message(raw, message)) is (case["result"] == "valid"), case
     assert counts == {"valid": 174, "invalid": 310}
 
 

@@ -86,9 +86,7 @@ def test_a_proof_holds_for_its_own_leaf_place_size_and_root_only(size):
         assert not merkle.verify_inclusion(leaf, index, size, (*proof, root), root)
         for cut in range(len(proof)):
             assert not merkle.verify_inclusion(leaf, index, size, proof[:cut], root)
-            assert not merkle.verify_inclusion(
-                leaf, index, size, (*proof[:cut], leaf[::-1], *proof[cut + 1 :]), root
-            )
+            assert not merkle.verify_inclusion(leaf, index, size, (*proof[:cut], leaf[::-1], *proof[cut + 1 :]), root)
 
 
 @pytest.mark.parametrize("new", range(1, len(_LEAVES) + 1))

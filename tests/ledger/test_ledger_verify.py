@@ -10,9 +10,7 @@ from capsfl.ledger.log import parse_whole
 _CONFIGURATION = "0c" * 32
 
 
-def _audit(
-    folder, *, leaves=None, epsilon=None, configuration: str | None = _CONFIGURATION, **others
-) -> list[Finding]:
+def _audit(folder, *, leaves=None, epsilon=None, configuration: str | None = _CONFIGURATION, **others) -> list[Finding]:
     return verify(
         folder,
         recompute_leaves=leaves or (lambda record: dict(record.leaves)),
@@ -33,9 +31,7 @@ def _only(findings: list[Finding], check: str, round: int) -> Finding:
 
 def _truncate(folder, size, owner):
     """What a thief of time does: the folder as it was `size` blocks long, head and all."""
-    history = parse_whole(
-        b"".join(storage.frame(block.encode()) for block in Ledger.open(folder).blocks()[:size])
-    )
+    history = parse_whole(b"".join(storage.frame(block.encode()) for block in Ledger.open(folder).blocks()[:size]))
     (folder / "log").write_bytes(b"".join(storage.frame(block.encode()) for block in history.blocks))
     (folder / "head").write_bytes(history.head().encode())
 
@@ -46,9 +42,7 @@ def test_an_honest_ledger_is_ok_in_every_check_of_every_round(chain):
     assert [finding.check for finding in findings[:2]] == ["structure", "witness"]
     checks = [(finding.check, finding.round, finding.task) for finding in findings[2:]]
     assert checks == [
-        (check, number, "segmentation")
-        for number in range(19)
-        for check in ("tensors", "epsilon", "configuration")
+        (check, number, "segmentation") for number in range(19) for check in ("tensors", "epsilon", "configuration")
     ]
 
 
@@ -102,9 +96,7 @@ def test_what_breaks_while_it_is_recomputed_fails_and_stops_nothing(chain):
     def unable(record):
         return "lots" if record.round == 3 else record.epsilon
 
-    bad = [
-        finding for finding in _audit(chain, leaves=broken, epsilon=unable) if finding.status is Status.FAILED
-    ]
+    bad = [finding for finding in _audit(chain, leaves=broken, epsilon=unable) if finding.status is Status.FAILED]
     assert [(finding.check, finding.round) for finding in bad] == [("tensors", 2), ("epsilon", 3)]
     assert bad[0].detail == "cannot be read back: OSError: disk error"
 
@@ -118,11 +110,7 @@ def test_an_understated_epsilon_fails_and_the_last_digits_of_a_platform_do_not(
         ledger.append(round_record(2, epsilon=None, noise_multiplier=None))
 
     def epsilons(value):
-        return [
-            finding
-            for finding in _audit(tmp_path / "l", epsilon=lambda _: value)
-            if finding.check == "epsilon"
-        ]
+        return [finding for finding in _audit(tmp_path / "l", epsilon=lambda _: value) if finding.check == "epsilon"]
 
     first, second, third = epsilons("2.5")
     assert "understated: recorded 2.0, recomputed 2.5" in first.detail
@@ -141,9 +129,7 @@ def test_another_configuration_fails(chain):
     assert finding.status is Status.FAILED
 
 
-def test_a_manifest_alone_that_differs_is_neither_ok_nor_a_failure(
-    tmp_path, owner, registrations, round_record
-):
+def test_a_manifest_alone_that_differs_is_neither_ok_nor_a_failure(tmp_path, owner, registrations, round_record):
     with Ledger.create(tmp_path / "l", signer=owner, chain_id="c", registrations=registrations) as ledger:
         ledger.append(round_record(0, manifest=(("d/0", "00" * 32),)))
 
@@ -185,9 +171,7 @@ def test_a_rewritten_history_fails_against_a_witness_as_equivocation(chain, owne
 def test_an_older_honest_witness_is_extended(chain):
     history = parse_whole(Ledger.open(chain).export())
     for size in range(1, 21):
-        (finding,) = (
-            f for f in _audit(chain, witness_head=history.head(size).encode()) if f.check == "witness"
-        )
+        (finding,) = (f for f in _audit(chain, witness_head=history.head(size).encode()) if f.check == "witness")
         assert finding.status is Status.OK
 
 

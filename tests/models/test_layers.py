@@ -39,9 +39,7 @@ def test_convolution_by_slices_has_the_gradient_of_lax():
     kernel = jax.random.normal(jax.random.key(1), (5, 5, 3, 4))
 
     def gradient(function):
-        return jax.grad(lambda i, k: jnp.sum(jnp.sin(function(i, k, 2, "SAME"))), argnums=(0, 1))(
-            images, kernel
-        )
+        return jax.grad(lambda i, k: jnp.sum(jnp.sin(function(i, k, 2, "SAME"))), argnums=(0, 1))(images, kernel)
 
     found = gradient(lambda i, k, strides, padding: convolve(i, k, strides=strides, padding=padding))
     for left, right in zip(found, gradient(_convolved), strict=True):

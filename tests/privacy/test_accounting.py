@@ -59,9 +59,7 @@ def test_fixed_matches_the_known_pld_and_rdp_values(vectors, hospitals, cohort, 
 
 def test_all_matches_the_known_values_under_both_relations(vectors):
     row = vectors[20, 20, 5.0, 50]
-    report = epsilon_report(
-        hospitals=20, cohort=None, noise_multiplier=5.0, rounds=50, delta=1e-3, sampler="all"
-    )
+    report = epsilon_report(hospitals=20, cohort=None, noise_multiplier=5.0, rounds=50, delta=1e-3, sampler="all")
     assert report["epsilon"] == pytest.approx(row["poisson_pld_add_remove"]["eps"], rel=1e-6)
     assert report["beside_epsilon"] == pytest.approx(row["poisson_pld_replace_one"]["eps"], rel=1e-6)
     assert (report["relation"], report["beside_relation"]) == ("add_or_remove_one", "replace_one")
@@ -69,9 +67,7 @@ def test_all_matches_the_known_values_under_both_relations(vectors):
 
 @pytest.mark.parametrize(("rounds", "expected"), [(1, 4.38), (10, 17.9), (100, 91.8)])
 def test_three_hospitals_have_no_meaningful_epsilon(rounds, expected):
-    report = epsilon_report(
-        hospitals=3, cohort=3, noise_multiplier=1.0, rounds=rounds, delta=1e-5, sampler="all"
-    )
+    report = epsilon_report(hospitals=3, cohort=3, noise_multiplier=1.0, rounds=rounds, delta=1e-5, sampler="all")
     assert report["epsilon"] == pytest.approx(expected, rel=3e-3)
     assert "3 hospitals are too few" in report["remark"]
     assert ("above 10" in report["remark"]) == (expected > 10)
@@ -117,9 +113,7 @@ def test_the_automatic_cap_keeps_every_hospital_without_noise():
 @pytest.mark.parametrize("sampler", ["poisson", "fixed", "all"])
 @pytest.mark.parametrize("multiplier", [0.0, 1e-9])
 def test_without_noise_epsilon_is_null_and_said_to_be_unbounded(sampler, multiplier):
-    report = epsilon_report(
-        hospitals=30, cohort=30, noise_multiplier=multiplier, rounds=1, delta=1e-5, sampler=sampler
-    )
+    report = epsilon_report(hospitals=30, cohort=30, noise_multiplier=multiplier, rounds=1, delta=1e-5, sampler=sampler)
     assert report["epsilon"] is None
     assert report["beside_epsilon"] is None
     assert "nothing bounds" in report["remark"]
@@ -158,9 +152,7 @@ def test_the_report_is_flat_json_with_all_that_recomputes_it():
 
 
 def test_delta_as_large_as_one_hospital_is_remarked():
-    report = epsilon_report(
-        hospitals=100, cohort=100, noise_multiplier=9.0, rounds=1, delta=0.01, sampler="all"
-    )
+    report = epsilon_report(hospitals=100, cohort=100, noise_multiplier=9.0, rounds=1, delta=0.01, sampler="all")
     assert "below 1/100" in report["remark"]
 
 

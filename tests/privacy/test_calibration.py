@@ -58,9 +58,7 @@ def test_a_full_cohort_without_replacement_wins_where_it_displaces_nobody():
 
 
 def test_a_poisson_cohort_never_outgrows_its_cap():
-    solution = solve(
-        50.0, for_="cohort", sampler="poisson", rounds=1, noise_multiplier=5.0, truncation=9, **STUDY
-    )
+    solution = solve(50.0, for_="cohort", sampler="poisson", rounds=1, noise_multiplier=5.0, truncation=9, **STUDY)
     assert solution["cohort"] == 9
 
 

@@ -59,9 +59,7 @@ def test_any_bit_pattern_is_bounded_or_discarded_and_flagged(values, bound):
 
 def test_updates_within_the_bound_are_unchanged_bit_for_bit():
     update = jnp.asarray(np.random.default_rng(0).normal(size=(500,)), jnp.float32)
-    clipped, norm = clip_by_global_norm(
-        update, float(np.nextafter(np.float32(_norm(update)), np.inf)) * 1.001
-    )
+    clipped, norm = clip_by_global_norm(update, float(np.nextafter(np.float32(_norm(update)), np.inf)) * 1.001)
     np.testing.assert_array_equal(clipped, update)
     assert float(norm) > 0
 

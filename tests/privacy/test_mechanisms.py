@@ -61,8 +61,7 @@ def test_zero_noise_releases_the_mean_over_the_expected_cohort_exactly():
 def test_adding_a_hospital_moves_the_released_mean_by_at_most_s_over_m(seed, bound, size):
     generator = np.random.default_rng(seed)
     updates = [
-        {"w": jnp.asarray(size * generator.normal(size=(4, 3)), jnp.float32), "b": jnp.ones((3,))}
-        for _ in range(5)
+        {"w": jnp.asarray(size * generator.normal(size=(4, 3)), jnp.float32), "b": jnp.ones((3,))} for _ in range(5)
     ]
     clipped = [clip_by_global_norm(update, bound)[0] for update in updates]
 

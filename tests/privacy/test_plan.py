@@ -1,5 +1,6 @@
 """A plan draws the cohorts it accounts, and refuses what contradicts itself."""
 
+import itertools
 import json
 import time
 
@@ -112,7 +113,7 @@ def test_the_curve_rises_ends_at_epsilon_and_costs_little_for_three_hospitals(sa
     curve = plan.epsilon_curve(30)
     assert time.process_time() - start < 4.0  # about 1 s here; a fine grid would cost more than 10
     assert len(curve) == 30
-    assert all(before < after for before, after in zip(curve, curve[1:], strict=False))
+    assert all(before < after for before, after in itertools.pairwise(curve))
     assert curve[-1] == plan.epsilon(30)
 
 

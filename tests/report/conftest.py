@@ -103,10 +103,7 @@ def _rounds(task: str, *, member: str = "", epsilon: float | None = None) -> lis
         names = [member] if member else HOSPITALS
         hospitals = {
             name: {
-                "loss": 0.9
-                - 0.6 * progress
-                + 0.03 * (ord(name) % 4)
-                + 0.02 * np.sin(place * 1.7 + ord(name)),
+                "loss": 0.9 - 0.6 * progress + 0.03 * (ord(name) % 4) + 0.02 * np.sin(place * 1.7 + ord(name)),
                 "accuracy": min(1.0, 0.5 + 0.42 * progress - 0.03 * (ord(name) % 3)),
                 "sensitivity": min(1.0, 0.4 + 0.5 * progress + 0.03 * np.cos(place + ord(name))),
             }
@@ -158,9 +155,7 @@ def _ledger(blocks: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_study_folder(
-    folder: Path, *, arms: tuple[str, ...] = ("federated", "private", "pooled", "local")
-) -> Path:
+def write_study_folder(folder: Path, *, arms: tuple[str, ...] = ("federated", "private", "pooled", "local")) -> Path:
     """Write a whole study into `folder`; tests then change or delete files of it."""
     folder.mkdir(parents=True)
     record = {
@@ -199,9 +194,7 @@ def write_study_folder(
             row
             for task in ("segmentation", "classification")
             for member in members
-            for row in _rounds(
-                task, member=member, epsilon=epsilon and epsilon * (1 - 0.3 * (task == "segmentation"))
-            )
+            for row in _rounds(task, member=member, epsilon=epsilon and epsilon * (1 - 0.3 * (task == "segmentation")))
         ]
         (folder / arm / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         results = _results(auc, dice, epsilon)

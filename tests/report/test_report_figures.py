@@ -95,9 +95,7 @@ def overlay(*, aspect: float, truth: bool) -> Overlay:
     hu = np.linspace(-1400, 200, 30 * 50, dtype=np.float32).reshape(30, 50)
     mask = np.zeros((30, 50), bool)
     mask[10:20, 10:20] = True
-    return Overlay(
-        "<P>", "A", "xz", "3", 0.5, hu, mask if truth else None, mask.astype(np.float32), aspect=aspect
-    )
+    return Overlay("<P>", "A", "xz", "3", 0.5, hu, mask if truth else None, mask.astype(np.float32), aspect=aspect)
 
 
 def test_a_triptych_keeps_the_proportions_of_the_tissue_and_embeds_the_scan_once() -> None:
@@ -143,11 +141,7 @@ def test_numbers_read_as_a_person_writes_them(shown: str, expected: str) -> None
     assert shown.replace("\u00a0", " ") == expected
 
 
-@given(
-    value=st.one_of(
-        st.none(), st.booleans(), st.text(), st.sampled_from([math.nan, math.inf, -math.inf, 10**999])
-    )
-)
+@given(value=st.one_of(st.none(), st.booleans(), st.text(), st.sampled_from([math.nan, math.inf, -math.inf, 10**999])))
 def test_what_is_no_finite_number_becomes_a_dash(value: object) -> None:
     for show in (formats.decimals, formats.signed, formats.significant):
         assert show(value) == "–"
@@ -162,9 +156,7 @@ def test_a_size_in_words_is_within_one_percent_of_the_bytes(value: float) -> Non
     assert float(amount) * units[unit] == pytest.approx(value, rel=0.01)
 
 
-def test_the_summary_picture_is_wide_and_the_same_every_time(
-    tmp_path: Path, write_study: Callable[..., Path]
-) -> None:
+def test_the_summary_picture_is_wide_and_the_same_every_time(tmp_path: Path, write_study: Callable[..., Path]) -> None:
     folder = write_study(tmp_path / "demo", arms=("federated", "pooled"))
     first, second = (summary_picture(folder, tmp_path / f"{name}.png") for name in "ab")
     assert first.read_bytes() == second.read_bytes()

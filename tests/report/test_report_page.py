@@ -83,9 +83,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, write_study: WriteStudy) -> 
         pytest.param(["3 hospitals are too few", "4.38", "91.8"], id="few hospitals"),
         pytest.param(["federated, segmentation, 20 rounds", "local, classification, 20 rounds"], id="curves"),
         pytest.param(["1.50 GiB", "cpu, 2 cores", "jax 0.10.2", "668 MiB"], id="runtime"),
-        pytest.param(
-            ["c0ffee" * 10 + "beef", "ab" * 32, "52 checks passed, 1 with a reservation"], id="ledger"
-        ),
+        pytest.param(["c0ffee" * 10 + "beef", "ab" * 32, "52 checks passed, 1 with a reservation"], id="ledger"),
         pytest.param(["privacy.noise_multiplier", "1.125", "xy, yz", "d1ce" * 16], id="configuration"),
         pytest.param(["Not for clinical use."], id="warning"),
     ],
@@ -134,9 +132,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path, write_study: Wri
     assert reading.text.count("<script>alert('1')</script>") >= 6
 
 
-def test_names_in_any_script_and_with_control_characters_are_drawn(
-    tmp_path: Path, write_study: WriteStudy
-) -> None:
+def test_names_in_any_script_and_with_control_characters_are_drawn(tmp_path: Path, write_study: WriteStudy) -> None:
     folder = write_study(tmp_path / "demo", arms=("federated",))
     edit(
         folder / "federated" / "results.json",
@@ -147,9 +143,7 @@ def test_names_in_any_script_and_with_control_characters_are_drawn(
     assert "北京  _医院" in build_page(folder).read_text()
 
 
-def test_controls_stand_in_the_table_even_if_the_study_recorded_none(
-    tmp_path: Path, write_study: WriteStudy
-) -> None:
+def test_controls_stand_in_the_table_even_if_the_study_recorded_none(tmp_path: Path, write_study: WriteStudy) -> None:
     folder = write_study(tmp_path / "demo", arms=("federated",))
 
     def forget(results: Any) -> None:
@@ -166,9 +160,7 @@ def test_controls_stand_in_the_table_even_if_the_study_recorded_none(
     assert "no control was recorded to compare with" in text
 
 
-def test_an_interval_that_reaches_a_control_is_not_called_better(
-    tmp_path: Path, write_study: WriteStudy
-) -> None:
+def test_an_interval_that_reaches_a_control_is_not_called_better(tmp_path: Path, write_study: WriteStudy) -> None:
     folder = write_study(tmp_path / "demo", arms=("federated",))
     assert "the whole interval lies above dense lung fraction" in read_page(folder).text
     edit(
@@ -391,9 +383,7 @@ JUNK = st.one_of(
     st.sampled_from([float("nan"), float("inf"), -1e308, 10**400, -3, 0]),
     st.text(max_size=8),
     st.lists(st.one_of(st.none(), st.text(max_size=3), st.floats()), max_size=3),
-    st.dictionaries(
-        st.text(max_size=4), st.one_of(st.none(), st.integers(), st.text(max_size=3)), max_size=2
-    ),
+    st.dictionaries(st.text(max_size=4), st.one_of(st.none(), st.integers(), st.text(max_size=3)), max_size=2),
 )
 
 

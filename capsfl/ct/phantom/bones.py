@@ -81,9 +81,7 @@ class Skeleton:
         cortical_hu: float = 620, marrow_hu: float = 170, share: float = 1.0,
     ) -> None:  # fmt: skip
         paint(hu[box], coverage(distance) * np.float32(share), cortical_hu)
-        paint(
-            hu[box], coverage(distance + np.float32(cortex), 1.2) * np.float32(share), marrow_hu + marrow[box]
-        )
+        paint(hu[box], coverage(distance + np.float32(cortex), 1.2) * np.float32(share), marrow_hu + marrow[box])
 
     def _paint_ribs(self, hu: Float, slab: Slab, marrow: Float) -> None:
         present = overlap(slab.z, slab.thickness, -1e3, self._upper(1.02))

@@ -65,11 +65,7 @@ def slab_geometry(anatomy: Anatomy, grid: Grid, wide: Float, z: float, thickness
 
     # Muscle: paraspinal, pectoral, lateral (serratus, latissimus) and shoulder-girdle bulges on a base layer.
     side = np.abs(x)
-    pectoral = (
-        13
-        * np.exp(-(((y + 60) / 30) ** 2) - ((side - 62) / 42) ** 2)
-        * float(np.clip((t - 0.25) / 0.2, 0, 1))
-    )
+    pectoral = 13 * np.exp(-(((y + 60) / 30) ** 2) - ((side - 62) / 42) ** 2) * float(np.clip((t - 0.25) / 0.2, 0, 1))
     paraspinal = 12 * np.exp(-(((y - 66) / 26) ** 2) - ((side - 40) / 34) ** 2)
     muscle = 14 + 22 * shoulder + paraspinal + pectoral + 9 * np.exp(-(((side - 120) / 30) ** 2))
     trunk = superellipse(x, y - 12, (112 + 62 * shoulder) * s, (98 - 4 * shoulder) * ap * s, 2.1)
@@ -101,9 +97,7 @@ def slab_geometry(anatomy: Anatomy, grid: Grid, wide: Float, z: float, thickness
     middle = smooth_minimum(middle, hilum, 8.0)
 
     def dome(center: float, top: float) -> Float:
-        return z - (
-            anatomy.base_z + top - ((x - center) / (70 * s)) ** 2 * 34 - ((y - 2) / (92 * ap * s)) ** 2 * 58
-        )
+        return z - (anatomy.base_z + top - ((x - center) / (70 * s)) ** 2 * 34 - ((y - 2) / (92 * ap * s)) ** 2 * 58)
 
     diaphragm = np.where(x < 0, dome(-66 * s, anatomy.dome_mm + 10), dome(70 * s, anatomy.dome_mm - 4))
     wall = np.maximum(np.minimum(right, left), 3 - side)
@@ -154,9 +148,7 @@ def paint_wall(hu: Float, slab: Slab, fields: TissueFields, texture: Float) -> N
     paint(hu, coverage(slab.cavity - 4, 2.0), 38)
 
 
-def paint_contents(
-    hu: Float, anatomy: Anatomy, grid: Grid, slab: Slab, fields: TissueFields, wide: Float
-) -> None:
+def paint_contents(hu: Float, anatomy: Anatomy, grid: Grid, slab: Slab, fields: TissueFields, wide: Float) -> None:
     """Mediastinal fat, abdominal organs under the diaphragm, heart, great vessels and oesophagus."""
     s, ap, z, thickness = anatomy.size, anatomy.depth, slab.z, slab.thickness
     x, y = grid.fine
@@ -207,9 +199,7 @@ def paint_contents(
         for side, start, rise in ((-1, -14, 16), (1, -24, 28)):
             along = np.clip(np.abs(u) / (36 * s), 0, 1)
             other = side * u
-            artery = np.hypot(np.where(other > 0, 0, u), v - (start + rise * along)) - 10.5 * (
-                1 - 0.25 * along
-            )
+            artery = np.hypot(np.where(other > 0, 0, u), v - (start + rise * along)) - 10.5 * (1 - 0.25 * along)
             artery += 12 * np.clip(-other, 0, 1) + 12 * np.clip((np.abs(u) - 38 * s) / 4, 0, 9)
             paint(hu[box], coverage(artery.astype(np.float32)) * share, 44)
     box = grid.box(7 * s, 37 * ap * s, 8, 8)

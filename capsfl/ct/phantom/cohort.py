@@ -33,9 +33,7 @@ class PhantomConfig(Settings):
     @model_validator(mode="after")
     def _every_hospital_has_a_patient(self) -> "PhantomConfig":
         if self.patients < self.hospitals:
-            raise ValueError(
-                f"patients={self.patients} is fewer than hospitals={self.hospitals}; give each a patient"
-            )
+            raise ValueError(f"patients={self.patients} is fewer than hospitals={self.hospitals}; give each a patient")
         return self
 
 
@@ -113,9 +111,7 @@ def cohort(config: PhantomConfig) -> tuple[Subject, ...]:
     high = [size - 1 if mixed and size > 1 else size for size in sizes]
     positives = min(max(round(config.positives_fraction * config.patients), sum(low)), sum(high))
     subjects: list[Subject] = []
-    for index, (size, positive) in enumerate(
-        zip(sizes, apportion(positives, sizes, low=low, high=high), strict=True)
-    ):
+    for index, (size, positive) in enumerate(zip(sizes, apportion(positives, sizes, low=low, high=high), strict=True)):
         per_scanner = apportion(size, weights[index], low=[0, 0], high=[size, size])
         of_positives = apportion(positive, per_scanner, low=[0, 0], high=per_scanner)
         of_negatives = [n - p for n, p in zip(per_scanner, of_positives, strict=True)]

@@ -28,9 +28,7 @@ class PhantomMismatch(ValueError):
     """A folder already holds something other than the phantom asked for."""
 
 
-def write_hospitals(
-    out: Path, *, config: PhantomConfig, processes: int | None = None, progress: bool = True
-) -> Path:
+def write_hospitals(out: Path, *, config: PhantomConfig, processes: int | None = None, progress: bool = True) -> Path:
     """Write hospitals of synthetic patients: DICOM series, lesion masks and a manifest.
 
     A patient's files depend on the configuration and the patient alone, not on `processes`. Patients already
@@ -59,9 +57,7 @@ def write_hospitals(
         pending = [subject for subject in subjects if not _is_complete(out, subject)]
         workers = min(processes or _cpus(), len(pending))
         with _bar(progress) as bar:
-            task = bar.add_task(
-                "phantom patients", total=len(subjects), completed=len(subjects) - len(pending)
-            )
+            task = bar.add_task("phantom patients", total=len(subjects), completed=len(subjects) - len(pending))
             for _ in _write_all(out, config, pending, workers):
                 bar.advance(task)
         manifest = out / "manifest.csv"
@@ -97,9 +93,7 @@ def _claim(out: Path, config: PhantomConfig) -> None:
         try:
             found = dict(json.loads(record.read_text()))
         except (ValueError, TypeError):
-            raise PhantomMismatch(
-                f"{record}: not readable as JSON; remove the folder or choose another"
-            ) from None
+            raise PhantomMismatch(f"{record}: not readable as JSON; remove the folder or choose another") from None
         if found != wanted:
             keys = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
             there = ", ".join(f"{key}={found.get(key)}" for key in keys)

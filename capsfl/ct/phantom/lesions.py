@@ -129,8 +129,6 @@ def draw_confounders(
         haze = np.float32(mimics.oedema) * patchy * (0.75 * perihilar + 0.55 * gravity)
         basal = np.float32(mimics.septal * (0.35 + 0.65 * np.clip(1.2 - t, 0, 1)))
         outer = np.exp(wall * np.float32(1 / 22))
-        haze += (
-            basal * fields.septa.sheets(z, 0.12, thickness=thickness) * (np.float32(0.35) + outer) * gravity
-        )
+        haze += basal * fields.septa.sheets(z, 0.12, thickness=thickness) * (np.float32(0.35) + outer) * gravity
         opacity = haze if opacity is None else np.maximum(opacity, haze, out=opacity)
     return None if opacity is None else np.clip(opacity, 0, 0.98, out=opacity)

@@ -73,9 +73,7 @@ SCANNERS: tuple[Scanner, ...] = (
     Scanner("B3", "B", _PHILIPS, "Brilliance 16P", "B", -600, 1600, 375, 1.2, 0.0, 28, 0.28, 6, -1000),
     Scanner("B4", "B", _PHILIPS, "Brilliance iCT", "YA", -600, 1600, 350, 0.9, 0.3, 34, 0.45, 1, -1000),
     Scanner("C5", "C", _PHILIPS, "Brilliance iCT", "YB", -600, 1600, 355, 0.85, 0.3, 30, 0.48, -4, -1000),
-    Scanner(
-        "C6", "C", _GE, "16-slice CT", "LUNG", -500, 1500, 400, 1.0, 0.35, 42, 0.5, 8, -3024, signed=True
-    ),
+    Scanner("C6", "C", _GE, "16-slice CT", "LUNG", -500, 1500, 400, 1.0, 0.35, 42, 0.5, 8, -3024, signed=True),
 )
 """Table II's devices and windows; the physics are plausible values that tell the devices apart."""
 

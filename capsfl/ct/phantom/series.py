@@ -23,9 +23,7 @@ def _uid(*parts: object) -> UID:
     return UID(f"2.25.{uuid.uuid5(_UID_NAMESPACE, '/'.join(map(str, parts))).int}")
 
 
-def write_series(
-    folder: Path, hu: NDArray[np.int16], geometry: Geometry, *, subject: Subject, identity: str
-) -> None:
+def write_series(folder: Path, hu: NDArray[np.int16], geometry: Geometry, *, subject: Subject, identity: str) -> None:
     """Write one file a slice into an existing folder, numbered from the apex down as scanners do.
 
     Args:

@@ -81,9 +81,7 @@ def multiply(left: Float, right: Float) -> Float:
 
 def overlap(z: float, thickness: float, low: float, high: float) -> float:
     """Fraction of the slab of `thickness` mm centred on `z` that lies between `low` and `high`."""
-    return float(
-        np.clip(min(z + thickness / 2, high) - max(z - thickness / 2, low), 0, thickness) / thickness
-    )
+    return float(np.clip(min(z + thickness / 2, high) - max(z - thickness / 2, low), 0, thickness) / thickness)
 
 
 def slab_positions(z: float, thickness: float) -> NDArray[np.float64]:

@@ -75,9 +75,7 @@ class Thorax:
         self._skeleton.paint(hu, slab, texture)
         return hu, lung, lesion
 
-    def _paint_lungs(
-        self, hu: Float, slab: Slab, texture: Float
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def _paint_lungs(self, hu: Float, slab: Slab, texture: Float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         anatomy, grid, z, thickness = self.anatomy, self.grid, slab.z, slab.thickness
         apex = np.clip((anatomy.apex_z - z) / thickness + 0.5, 0, 1)
         rough = np.float32(0.32) * texture
@@ -99,9 +97,7 @@ class Thorax:
         right = base - 66 - 1.05 * (y + 5) - 0.15 * x
         left = base - 72 - 1.1 * (y + 5) + 0.1 * x
         spread = float(np.hypot(1.1, thickness / np.sqrt(6)))
-        air += np.float32(90 * 1.1 / spread) * np.exp(
-            -((np.where(x < 0, right, left) * np.float32(1 / spread)) ** 2)
-        )
+        air += np.float32(90 * 1.1 / spread) * np.exp(-((np.where(x < 0, right, left) * np.float32(1 / spread)) ** 2))
 
         inside = lung > 0.5
         opacity, paving = draw_lesions(anatomy, self._opacities, grid, z, texture, thickness=thickness)

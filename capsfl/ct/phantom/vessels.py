@@ -39,18 +39,14 @@ def grow_vessels(anatomy: Anatomy) -> Float:
     for generation in range(_GENERATIONS + 1):
         if not pending[generation]:
             continue
-        side, start, heading, radius, length = (
-            np.concatenate(part) for part in zip(*pending[generation], strict=True)
-        )
+        side, start, heading, radius, length = (np.concatenate(part) for part in zip(*pending[generation], strict=True))
         keep = radius >= SMALLEST_MM
         side, start, heading, radius, length = (part[keep] for part in (side, start, heading, radius, length))
         length = length * rng.uniform(0.75, 1.25, side.size)
         heading = _unit(heading + rng.normal(0, 0.10, heading.shape))
         if generation:
             keep, heading, length = _stay_inside(anatomy, side, start, heading, length)
-            side, start, heading, radius, length = (
-                part[keep] for part in (side, start, heading, radius, length)
-            )
+            side, start, heading, radius, length = (part[keep] for part in (side, start, heading, radius, length))
         end = start + heading * length[:, None]
         segments.append(np.concatenate([start, end, radius[:, None], 0.86 * radius[:, None]], 1))
 
@@ -156,9 +152,7 @@ def _draw_layer(layer: Float, segments: Float, grid: Grid, z: float) -> None:
     column = np.ceil((left - grid.axis[0]) / pixel).astype(int)
     row = np.ceil((top - grid.axis[0]) / pixel).astype(int)
     span = (
-        np.maximum(
-            np.floor((right - grid.axis[0]) / pixel) - column, np.floor((bottom - grid.axis[0]) / pixel) - row
-        )
+        np.maximum(np.floor((right - grid.axis[0]) / pixel) - column, np.floor((bottom - grid.axis[0]) / pixel) - row)
         + 1
     )
     seen = (span > 0) & (column < matrix) & (row < matrix) & (column + span > 0) & (row + span > 0)

@@ -30,9 +30,7 @@ def plan(size: tuple[int, int], window: int, stride: int, transpose: bool, paddi
     return Geometry(window, stride, transpose, (rows, columns), (height, width))
 
 
-def _plan_axis(
-    length: int, window: int, stride: int, transpose: bool, padding: Padding
-) -> tuple[tuple[int, int], int]:
+def _plan_axis(length: int, window: int, stride: int, transpose: bool, padding: Padding) -> tuple[tuple[int, int], int]:
     if transpose:
         # The adjoint of a strided convolution whose own padding put `before` zeros in front of its input.
         output = length * stride if padding == "SAME" else (length - 1) * stride + window

@@ -120,9 +120,7 @@ def _route_strip(strip: jax.Array, matrix: jax.Array, bias: jax.Array, layer: _L
     """Routes one strip (batch, I, rows, columns, A) to (batch, rows of windows, columns, phases, M, K)."""
     batch, types, *image = strip.shape
     rows, (_, width), phases = layer.rows, layer.grid, layer.phases**2
-    votes = convolve(
-        strip.reshape(batch * types, *image), matrix, stride=layer.step, precision=layer.precision
-    )
+    votes = convolve(strip.reshape(batch * types, *image), matrix, stride=layer.step, precision=layer.precision)
     positions = votes.reshape(batch, types, rows * width * phases, *bias.shape)
     routed = layer.routing.run(positions.transpose(0, 2, 1, 3, 4).reshape(-1, types, *bias.shape), bias)
     return routed.reshape(batch, rows, width, phases, *bias.shape)
@@ -177,9 +175,7 @@ def _cut(inputs: jax.Array, layer: _Layer) -> jax.Array:
             (0, 0, 0),
         ],
     )
-    parts = padded.reshape(*inputs.shape[:2], blocks, block, columns, inputs.shape[4]).transpose(
-        2, 0, 1, 3, 4, 5
-    )
+    parts = padded.reshape(*inputs.shape[:2], blocks, block, columns, inputs.shape[4]).transpose(2, 0, 1, 3, 4, 5)
     pieces = []
     for start in range(0, height, block):
         piece = parts[start // block : start // block + layer.strips]

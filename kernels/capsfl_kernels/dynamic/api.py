@@ -90,7 +90,5 @@ def dynamic_routing(
         budget = working_set(cpu=1 << 18, accelerator=64 << 20)
         size = block_size or max(1, budget // (dtype.itemsize * capsules * depth * flat.shape[0]))
         routing = Routing(num_iters, leaky, gradient)
-        routed = streamed.route(
-            flat, matrix, offset, streamed.Streaming(routing, min(size, number), precision)
-        )
+        routed = streamed.route(flat, matrix, offset, streamed.Streaming(routing, min(size, number), precision))
     return routed.reshape(*inputs.shape[:-2], capsules, dim).astype(inputs.dtype)

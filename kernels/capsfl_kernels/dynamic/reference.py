@@ -19,7 +19,5 @@ def route(
     precision: lax.PrecisionLike,
 ) -> jax.Array:
     """Routes inputs (batch, N, D) through weights (N, M, K, D) to (batch, M, K) in the dtype of the bias."""
-    votes = jnp.einsum(
-        "bnd,nmkd->bnmk", inputs, weights, precision=precision, preferred_element_type=bias.dtype
-    )
+    votes = jnp.einsum("bnd,nmkd->bnmk", inputs, weights, precision=precision, preferred_element_type=bias.dtype)
     return reference.route(votes, bias, num_iters=num_iters, leaky=leaky, gradient=gradient)

@@ -39,15 +39,11 @@ def _route_tiles(tiles: jax.Array, bias: jax.Array, routing: Routing) -> jax.Arr
     return lax.map(lambda tile: routing.run(tile, bias), tiles)
 
 
-def _forward(
-    tiles: jax.Array, bias: jax.Array, routing: Routing
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _forward(tiles: jax.Array, bias: jax.Array, routing: Routing) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _route_tiles(tiles, bias, routing), (tiles, bias)
 
 
-def _backward(
-    routing: Routing, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _backward(routing: Routing, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     tiles, bias = residuals
 
     def step(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
