@@ -184,7 +184,8 @@ class ConvCapsules(nnx.Module):
         # The fan-in is that of the flat kernel (k, k, in_dim, out_capsules * out_dim).
         flat = he_normal(rngs.params(), (kernel_size, kernel_size, in_dim, out_capsules * out_dim))
         self.kernel = nnx.Param(flat.reshape(kernel_size, kernel_size, in_dim, out_capsules, out_dim))
-        self.bias = nnx.Param(jnp.full((out_capsules, out_dim), _CAPSULE_BIAS))
+        # Without a dtype the bias is weakly typed until its first update, which then compiles a step anew.
+        self.bias = nnx.Param(jnp.full((out_capsules, out_dim), _CAPSULE_BIAS, jnp.float32))
         self.strides = strides
         self.transpose = transpose
         self.num_iters = num_iters

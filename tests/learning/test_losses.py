@@ -35,7 +35,7 @@ def test_margin_loss_is_equation_4_of_sabour():
 
 
 def test_reconstruction_counts_the_sum_and_segmentation_the_mean():
-    reconstruction, images = np.full((2, 4, 4, 1), 0.5, np.float32), np.zeros((2, 4, 4, 1), np.float32)
+    reconstruction, images = jnp.full((2, 4, 4, 1), 0.5), jnp.zeros((2, 4, 4, 1))
     assert float(reconstruction_loss(reconstruction, images)) == pytest.approx(0.0005 * 16 * 0.25)
     assert float(mean_squared_error(reconstruction, images)) == pytest.approx(0.25)
 
@@ -61,7 +61,7 @@ def test_soft_dice_of_equal_masks_is_zero_even_when_empty():
 
 def test_segmentation_loss_is_the_sum_of_its_parts():
     probabilities, truth = _masks(2)
-    images = np.random.default_rng(3).uniform(-0.5, 0.5, size=(*truth.shape, 5)).astype(np.float32)
+    images = jax.random.uniform(jax.random.key(3), (*truth.shape, 5)) - 0.5
     reconstruction = probabilities**2
     found = segmentation_loss(SegCapsOutput(probabilities, reconstruction), images, truth, positive_weight=2.0)
     parts = float(weighted_bce(probabilities, truth, positive_weight=2.0) + soft_dice_loss(probabilities, truth))
@@ -75,7 +75,7 @@ def test_segmentation_loss_is_the_sum_of_its_parts():
 
 def test_dice_over_the_batch_pools_the_pixels():
     probabilities, truth = _masks(4)
-    output, images = SegCapsOutput(probabilities, None), np.zeros((*truth.shape, 1), np.float32)
+    output, images = SegCapsOutput(probabilities, None), jnp.zeros((*truth.shape, 1))
     found = segmentation_loss(output, images, truth, dice_over="batch")
     dice = (2 * (probabilities * truth).sum() + 1) / ((probabilities**2).sum() + truth.sum() + 1)
     assert float(found) == pytest.approx(float(weighted_bce(probabilities, truth)) + 1 - dice, rel=1e-5)
