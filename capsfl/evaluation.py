@@ -42,7 +42,7 @@ class Segmented:
     def planes(self, patient: Patient) -> dict[str, np.ndarray]:
         """The probability volume of every plane."""
         if patient.name not in self._planes:
-            found = self.segmenter.planes(self._parameters, patient.hu)
+            found = self.segmenter.planes(self._parameters, patient.hu, patient.body)
             self._planes[patient.name] = {plane: p.astype(np.float16) for plane, p in found.items()}
         return {plane: p.astype(np.float32) for plane, p in self._planes[patient.name].items()}
 
@@ -111,7 +111,7 @@ def results(
 ) -> dict[str, Any]:
     """Everything the page says about one run, as JSON values."""
     table: dict[str, Any] = {
-        "privacy": statement.to_json(),
+        "privacy": None if statement.epsilon is None else statement.to_json(),
         "segmentation": _segmentation_results(split, scans, controls, config),
     }
     if scores is not None:

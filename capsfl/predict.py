@@ -12,6 +12,7 @@ from capsfl.audit import run_folders
 from capsfl.checkpoint import latest_parameters
 from capsfl.ct.dicom import read_dicom
 from capsfl.ct.export import write_nifti_mask, write_overlay_png
+from capsfl.ct.lungs import body_mask
 from capsfl.ct.nifti import read_nifti
 from capsfl.ct.normalize import standardize, to_scan_space
 from capsfl.ct.scan import Scan
@@ -51,7 +52,8 @@ def predict(study: Path, scan_path: Path, *, out: Path | None, series: str | Non
     probability = np.zeros(volume.hu.shape, np.float32)
     hu = np.asarray(volume.hu[field], np.float32)
     weights = latest_parameters(run / "checkpoints" / task.name, task.parameters)
-    fused = segmenter.fused(segmenter.planes(weights, hu))
+    body = body_mask(volume.hu, volume.spacing_mm)[field]
+    fused = segmenter.fused(segmenter.planes(weights, hu, body))
     probability[field] = fused
     in_scan = to_scan_space(probability, volume.affine, scan.affine, scan.hu.shape)
     mask = (in_scan >= config.segmentation.threshold) & scan.valid

@@ -75,6 +75,11 @@ class StudyFolder:
             ) from error
         return folder
 
+    def record(self, **facts: Any) -> None:
+        """Adds facts about the study for its page."""
+        self._record |= facts
+        self._write()
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a stage; a resumed study adds to the time its stage took before."""

@@ -62,9 +62,11 @@ def train(config: StudyConfig, *, console: Console) -> Path:
     folder = StudyFolder.open(config)
     entries = prepare_volumes(config, folder, console=console)
     split = load_split(config, entries)
+    hospitals = sorted({patient.hospital for patient in split.train})
+    folder.record(hospitals=hospitals)
     console.print(
         f"[bold]{len(split.train)}[/] patients to train on, [bold]{len(split.validation)}[/] to validate, "
-        f"[bold]{len(split.test)}[/] never trained on, in {len({p.hospital for p in split.train})} hospitals"
+        f"[bold]{len(split.test)}[/] never trained on, in {len(hospitals)} hospitals"
     )
     with folder.stage("controls"):
         controls = evaluation.score_controls(split, config)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, cast
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from capsfl.ct.collections import ScanEntry, Split, is_nifti, read_manifest
 from capsfl.ct.dicom import read_dicom
 from capsfl.ct.errors import CorruptVolume, ManifestError, ScanError, StorageError
+from capsfl.ct.lungs import body_mask
 from capsfl.ct.nifti import read_nifti, read_nifti_mask
 from capsfl.ct.normalize import VolumeConfig, standardize
 from capsfl.ct.volumes import FORMAT, VERSION, read_attributes, write_volume
@@ -29,8 +30,10 @@ logger = logging.getLogger(__name__)
 
 INDEX = "index.csv"
 SALT = ".pseudonym-salt"
-MASK = "lesion"
+MASK = "truth"
 """Name of the manifest's mask within a stored volume."""
+BODY = "body"
+"""Name of the body's mask, found by `lungs.body_mask`, within a stored volume."""
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 LOCAL_HOSPITAL = "local"
 """Hospital of scans that come without a manifest."""
@@ -287,6 +290,8 @@ def _ingest_one(entry: ScanEntry, out: Path, config: VolumeConfig, salt: bytes) 
         if entry.mask is not None:
             masks[MASK] = read_nifti_mask(entry.mask, like=scan, threshold=entry.mask_threshold)
         volume = standardize(scan, config=config, masks=masks)
+        masks = {**volume.masks, BODY: body_mask(volume.hu, volume.spacing_mm)}
+        volume = replace(volume, masks=masks)
     except ScanError as error:
         return error
     except OSError as error:

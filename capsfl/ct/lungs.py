@@ -18,6 +18,8 @@ CLOSING_MM = 9.0
 HOLE_MAX_MM2 = 1500.0
 """Larger holes in a closed slice are the heart between two lungs that met, not a vessel or a lesion."""
 SEARCH_SPACING_MM = 4.0
+BODY_OPENING_MM = 6.0
+"""Blankets, cables and the shells of a couch are thinner than twice this; the chest wall is thicker."""
 
 IN_SPACE = ndimage.generate_binary_structure(3, 1)
 IN_PLANE = IN_SPACE & np.array([False, True, False])[:, None, None]
@@ -47,6 +49,27 @@ def lung_mask(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndar
     keep = (volumes >= LUNG_MIN_ML) & (volumes >= LUNG_MIN_SHARE * volumes.max())
     lungs = np.concatenate([[False], keep])[labels]
     return _closed(lungs, spacing_mm)
+
+
+def body_mask(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Segment the body with all that it encloses, (z, y, x) bool; couch, blankets and cables are left out.
+
+    Every slice is filled, then opened in the axial plane, which parts the body from thin things that touch it, and
+    the largest piece is kept. The whole body has to be in view: where a crop opens the chest wall,
+    the lung behind it would count as outside.
+
+    Args:
+        hu: (z, y, x) HU.
+        spacing_mm: voxel distances along (z, y, x).
+    """
+    filled = ~_outer_air(np.asarray(hu) < AIR_BELOW_HU)
+    steps = max(1, round(BODY_OPENING_MM / max(spacing_mm[1:])))
+    core = ndimage.binary_erosion(filled, IN_PLANE, iterations=steps)
+    labels, count = _components(core, IN_SPACE)
+    if count == 0:
+        return np.zeros_like(filled)
+    largest = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    return np.asarray(ndimage.binary_dilation(largest, IN_PLANE, iterations=steps, mask=filled))
 
 
 def lung_box(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray] | None:

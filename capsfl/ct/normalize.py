@@ -86,6 +86,12 @@ class StandardVolume:
     cropped_lung_fraction: float = field(default=0.0)
     """Share of the lung box's voxels that the extent cut off; 0 when all of it fits or no lung was found."""
 
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel distances along (z, y, x)."""
+        z, y, x = (float(length) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return z, y, x
+
 
 def standardize(scan: Scan, *, config: VolumeConfig, masks: Mapping[str, np.ndarray] | None = None) -> StandardVolume:
     """Resample a scan once, Lanczos a = 3 antialiased, to the preset's grid; -1000 HU outside.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capsfl.ct.ingest import MASK, IndexEntry
+from capsfl.ct.ingest import BODY, MASK, IndexEntry
 from capsfl.ct.volumes import read_volume
 
 
@@ -18,6 +18,7 @@ class Patient:
         scanner: scanner id; empty when unknown.
         label: class of the patient, 1 for disease in the two-class case; None when unknown.
         hu: `(z, y, x)` float32 Hounsfield units.
+        body: `(z, y, x)` bool, the body without couch and blankets; nothing outside it is ever marked.
         truth: `(z, y, x)` bool mask of what is to be segmented; None when nobody drew one.
         spacing_mm: voxel size along z, y and x.
         split: the use that the manifest fixes (train, validation, test); None where it is to be drawn.
@@ -28,6 +29,7 @@ class Patient:
     scanner: str
     label: int | None
     hu: np.ndarray
+    body: np.ndarray
     truth: np.ndarray | None
     spacing_mm: tuple[float, float, float]
     split: str | None = None
@@ -42,15 +44,15 @@ def load_patient(entry: IndexEntry, *, field: tuple[int, int, int] | None) -> Pa
     volume, _ = read_volume(entry.path)
     window = central_field(volume.hu.shape, field)
     truth = volume.masks.get(MASK)
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
     return Patient(
         name=entry.patient,
         hospital=entry.hospital,
         scanner=entry.scanner or "",
         label=entry.label,
         hu=np.asarray(volume.hu[window], np.float32),
+        body=np.asarray(volume.masks[BODY][window], bool),
         truth=None if truth is None else np.asarray(truth[window], bool),
-        spacing_mm=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
+        spacing_mm=volume.spacing_mm,
         split=entry.split,
     )
 

@@ -125,18 +125,18 @@ class Segmenter:
         self.config = config
 
         @partial(jax.jit, static_argnames=("plane",))
-        def one_plane(parameters: Any, hu: jax.Array, *, plane: Plane) -> jax.Array:
+        def one_plane(parameters: Any, hu: jax.Array, body: jax.Array, *, plane: Plane) -> jax.Array:
             model = task.merge(parameters)
             pictures = slices_of(window(hu), plane, config.model.in_channels)
             lengths = jax.lax.map(lambda picture: model(picture[None]).lengths[0], pictures, batch_size=batch_size)
-            return volume_from(lengths, plane)
+            return jnp.where(body, volume_from(lengths, plane), 0)
 
         self._one_plane = one_plane
 
-    def planes(self, parameters: Any, hu: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the probability volume `(z, y, x)` that each plane gives."""
+    def planes(self, parameters: Any, hu: np.ndarray, body: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the probability volume `(z, y, x)` that each plane gives, zero outside the body."""
         volume = jnp.asarray(hu, jnp.float32)
-        return {p: np.asarray(self._one_plane(parameters, volume, plane=p)) for p in self.config.planes}
+        return {p: np.asarray(self._one_plane(parameters, volume, body, plane=p)) for p in self.config.planes}
 
     def fused(self, planes: dict[str, np.ndarray]) -> np.ndarray:
         """Fuses the planes' probabilities into one volume (Eq 2)."""

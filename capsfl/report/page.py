@@ -20,6 +20,7 @@ from capsfl.report import figures
 from capsfl.report.figures import Scores
 from capsfl.report.formats import decimals, duration, interval, power, signed, significant, size
 from capsfl.report.overlays import triptych
+from capsfl.report.predictions import read_predictions
 from capsfl.report.study import (
     TASKS,
     Arm,
@@ -90,6 +91,7 @@ def build_page(study_folder: Path) -> Path:
             arms=arm_colours(study),
             segmentation=_segmentation(study, comparisons["segmentation"]),
             classification=_classification(study, comparisons["classification"]),
+            predictions=read_predictions(study.folder),
             privacy=_privacy(study),
             training=_training(study),
             runtime=_runtime(study),

@@ -68,7 +68,9 @@ class Study:
         return next((arm for arm in candidates if record_at(arm.results, task)), None)
 
     def hospitals(self) -> tuple[str, ...]:
-        """Every hospital that any round, result or score names, sorted."""
+        """The hospitals the study names; where it names none, all that its rounds and results mention, sorted."""
+        if named := texts(self.record.get("hospitals")):
+            return tuple(named)
         names: set[str] = set()
         for arm in self.arms:
             for row in arm.rounds:

@@ -10,7 +10,7 @@ import pytest
 
 from capsfl.ct import errors
 from capsfl.ct.collections import read_manifest
-from capsfl.ct.ingest import ingest, read_index
+from capsfl.ct.ingest import MASK, ingest, read_index
 from capsfl.ct.normalize import VolumeConfig
 from capsfl.ct.volumes import read_attributes, read_volume
 
@@ -117,7 +117,7 @@ def test_ingestion_lists_what_it_stored(collection, tmp_path):
     ]
     volume, attributes = read_volume(out / "alpha" / "A-2.zarr")
     assert volume.hu.shape == (128, 128, 128)
-    litres = volume.masks["lesion"].sum() * 4 * (334 / 128) ** 2
+    litres = volume.masks[MASK].sum() * 4 * (334 / 128) ** 2
     assert litres == pytest.approx(6 * 6 * 4 * 45, rel=0.12)
     assert (attributes["patient"], attributes["label"]) == ("A-2", 0)
     assert not list(out.rglob("*.partial"))
@@ -241,4 +241,4 @@ def test_a_real_series_and_real_masks_go_all_the_way(shared_data, tmp_path):
         assert volume.hu.shape == (128, 128, 128)
         assert -1000 < np.median(volume.hu[volume.valid & (volume.hu < -500)]) < -800
         assert volume.cropped_lung_fraction == 0
-    assert volume.masks["lesion"].any()
+    assert volume.masks[MASK].any()

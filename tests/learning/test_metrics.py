@@ -111,7 +111,9 @@ def test_bootstrap_by_patient_is_wider_where_rows_of_a_patient_agree():
     rows, patients = np.repeat(of_patient, 10), np.repeat(np.arange(20), 10)
 
     def width(patients):
-        low, high = metrics.bootstrap_interval(lambda rows: float(rows.mean()), rows, patients=patients, resamples=500)
+        low, high = _defined(
+            metrics.bootstrap_interval(lambda rows: float(rows.mean()), rows, patients=patients, resamples=500)
+        )
         return high - low
 
     # Ten copies of each row pretend to an interval narrower by the root of ten.
