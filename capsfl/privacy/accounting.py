@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 import dp_accounting
+import numpy as np
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 
@@ -78,7 +79,7 @@ class Account:
     beside_accountant: str
     remark: str
 
-    def to_json(self) -> dict[str, str | int | float | None]:
+    def to_json(self) -> dict[str, Any]:
         """Returns the account as a flat dictionary of JSON scalars."""
         return asdict(self)
 
@@ -110,7 +111,7 @@ def epsilon_report(
     delta: float,
     sampler: Sampler,
     truncation: int | None = None,
-) -> dict[str, str | int | float | None]:
+) -> dict[str, Any]:
     """Returns what `rounds` rounds cost one hospital, as flat JSON with relation, unit, accountant and delta.
 
     A `cohort` of None takes all hospitals; a Poisson `truncation` of None takes the smallest cap that costs
@@ -196,8 +197,10 @@ def resolve_truncation(mechanism: SampledGaussian, *, rounds: int, delta: float)
 
 
 def _gaussian_epsilon(noise_multiplier: float, *, rounds: int, delta: float) -> float:
-    # T Gaussian releases are exactly one whose noise multiplier is smaller by sqrt(T).
-    return float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))
+    # T Gaussian releases are exactly one whose noise multiplier is smaller by sqrt(T). Far from the answer the
+    # search inside takes the logarithm of a delta of 0: the limit it returns is the right one.
+    with np.errstate(divide="ignore"):
+        return float(dp_accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))
 
 
 @lru_cache(maxsize=4)  # one distribution can hold tens of MB

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, cast
 
-from capsfl.privacy.accounting import TRUNCATION_COST, account, epsilon, resolve_truncation
+from scipy import optimize
+
+from capsfl.privacy.accounting import LEAST_NOISE, TRUNCATION_COST, account, epsilon, resolve_truncation
 from capsfl.privacy.events import PrivacyError, SampledGaussian, Sampler
 
 Unknown = Literal["noise_multiplier", "rounds", "cohort"]
@@ -33,7 +35,7 @@ def solve(
     noise_multiplier: float | None = None,
     rounds: int | None = None,
     truncation: int | None = None,
-) -> dict[str, str | int | float | None]:
+) -> dict[str, Any]:
     """Returns the account of the least noise, the most rounds or the largest cohort within `target_epsilon`.
 
     The answer never exceeds the target. The noise multiplier is within 0.01 % of the least possible one. A
@@ -63,8 +65,8 @@ def solve(
     def fits_cohort(size: int) -> bool:
         return epsilon(replace(mechanism, cohort=size), rounds=count, delta=delta) <= affordable
 
-    def fits_noise(multiplier: float) -> bool:
-        return epsilon(replace(mechanism, noise_multiplier=multiplier), rounds=count, delta=delta) <= affordable
+    def excess(multiplier: float) -> float:
+        return epsilon(replace(mechanism, noise_multiplier=multiplier), rounds=count, delta=delta) - affordable
 
     if for_ == "rounds":
         count = max_rounds(mechanism, target_epsilon=affordable, delta=delta)
@@ -78,7 +80,7 @@ def solve(
             raise PrivacyError("target_epsilon", target_epsilon, "is exceeded by a cohort of 1; add noise")
         mechanism = replace(mechanism, cohort=size)
     else:
-        mechanism = replace(mechanism, noise_multiplier=_least_noise(fits_noise, target_epsilon))
+        mechanism = replace(mechanism, noise_multiplier=_least_noise(excess, target_epsilon))
     mechanism = resolve_truncation(mechanism, rounds=count, delta=delta)
     report = account(mechanism, rounds=count, delta=delta).to_json()
     return report | {"target_epsilon": target_epsilon, "solved_for": for_}
@@ -110,20 +112,20 @@ def _largest(fits: Callable[[int], bool], *, most: int) -> int:
     return fitting
 
 
-def _least_noise(fits: Callable[[float], bool], target_epsilon: float) -> float:
+def _least_noise(excess: Callable[[float], float], target_epsilon: float) -> float:
+    """Returns a noise multiplier at which `excess`, which falls with it, is not positive but only just."""
     enough = 1.0
-    while not fits(enough):
+    while excess(enough) > 0:
         enough *= 2
         if enough > _MOST_NOISE:
-            raise PrivacyError(
-                "target_epsilon",
-                target_epsilon,
-                f"is out of reach of any noise multiplier up to {_MOST_NOISE:g}",
-            )
-    while fits(enough / 2):
-        enough /= 2
-    short = enough / 2
-    while enough / short > 1 + _NOISE_TOLERANCE:
-        middle = math.sqrt(enough * short)
-        enough, short = (middle, short) if fits(middle) else (enough, middle)
-    return enough
+            remedy = f"is out of reach of any noise multiplier up to {_MOST_NOISE:g}"
+            raise PrivacyError("target_epsilon", target_epsilon, remedy)
+    while enough > LEAST_NOISE and excess(max(enough / 2, LEAST_NOISE)) <= 0:
+        enough = max(enough / 2, LEAST_NOISE)
+    if enough == LEAST_NOISE:
+        return enough
+    short = max(enough / 2, LEAST_NOISE)
+    root = cast(float, optimize.brentq(excess, short, enough, xtol=_NOISE_TOLERANCE / 2 * short))
+    while excess(root) > 0:  # the root is bracketed from either side: step to the one within the target
+        root *= 1 + _NOISE_TOLERANCE / 2
+    return root

@@ -34,6 +34,7 @@ from capsfl.report.study import (
     rows_at,
     text,
     texts,
+    value_at,
 )
 from capsfl.report.tables import (
     METRIC,
@@ -92,6 +93,7 @@ def build_page(study_folder: Path) -> Path:
             segmentation=_segmentation(study, comparisons["segmentation"]),
             classification=_classification(study, comparisons["classification"]),
             predictions=read_predictions(study.folder),
+            target=text(value_at(study.record, "configuration", "segmentation", "target")) or "lesion",
             privacy=_privacy(study),
             training=_training(study),
             runtime=_runtime(study),

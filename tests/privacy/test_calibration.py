@@ -1,9 +1,10 @@
 """Solving for noise, rounds or cohort: the answer meets the target, and the next one would not."""
 
+import dp_accounting
 import pytest
 
 from capsfl.privacy import PrivacyError, epsilon_report, solve
-from capsfl.privacy.accounting import epsilon
+from capsfl.privacy.accounting import LEAST_NOISE, epsilon
 from capsfl.privacy.calibration import max_rounds
 from capsfl.privacy.events import SampledGaussian
 
@@ -60,6 +61,19 @@ def test_a_full_cohort_without_replacement_wins_where_it_displaces_nobody():
 def test_a_poisson_cohort_never_outgrows_its_cap():
     solution = solve(50.0, for_="cohort", sampler="poisson", rounds=1, noise_multiplier=5.0, truncation=9, **STUDY)
     assert solution["cohort"] == 9
+
+
+@pytest.mark.parametrize("target", [0.05, 1.0, 300.0])
+def test_the_least_noise_is_the_exact_one_of_a_single_gaussian(target):
+    solution = solve(target, for_="noise_multiplier", sampler="all", rounds=1, **STUDY)
+    exact = dp_accounting.get_sigma_gaussian(target, STUDY["delta"])
+    assert exact <= solution["noise_multiplier"] <= exact * (1 + 1e-4)
+
+
+def test_a_target_beyond_any_accountable_noise_takes_the_least():
+    solution = solve(1e9, for_="noise_multiplier", sampler="all", rounds=1, **STUDY)
+    assert solution["noise_multiplier"] == LEAST_NOISE
+    assert solution["epsilon"] <= 1e9
 
 
 def test_max_rounds_is_the_last_round_within_budget_and_may_be_none():
