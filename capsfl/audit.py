@@ -100,8 +100,8 @@ def ledger_summary(ledger: Ledger, findings: list[Finding]) -> dict[str, Any]:
         "blocks": len(blocks),
         "head": blocks[-1].hash().hex(),
         "root": head.root.hex(),
-        "chain_id": blocks[0].records[0].chain_id,
-        "signer": blocks[0].records[0].public_key.hex(),
+        "chain_id": head.chain_id,
+        "signer": head.public_key.hex(),
         "rounds": rows,
         "findings": [finding_row(finding) for finding in findings],
     }

@@ -83,7 +83,7 @@ class Checkpoints:
         if step is None:
             return None
         try:
-            items = self._manager.restore(
+            items: Any = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(_plain(like)),

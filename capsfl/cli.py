@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from pydantic import ValidationError
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Set before jax is imported, and inherited by worker processes: a second run compiles nothing again.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "jax"))
     command = COMMANDS.get(words[0])
-    if command is None:
-        _fail(f"capsfl: unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
     try:
+        if command is None:
+            raise ValueError(f"capsfl: unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
         code = command(words[1:])
     except ValidationError as error:
         from capsfl.config import explain
@@ -277,7 +277,8 @@ def epsilon(words: list[str]) -> int:
     given = tyro.cli(EpsilonCommand, prog="capsfl epsilon", args=words)
     from capsfl.privacy import epsilon_report, solve
 
-    values = {name: value for name, value in asdict(given).items() if name not in ("json", "target_epsilon")}
+    values: dict[str, Any] = asdict(given)
+    del values["json"], values["target_epsilon"]
     if given.target_epsilon is None:
         for name in ("noise_multiplier", "rounds"):
             if values[name] is None:
@@ -288,7 +289,7 @@ def epsilon(words: list[str]) -> int:
         missing = [name for name in ("noise_multiplier", "rounds") if values[name] is None]
         if len(missing) == 2:
             raise ValueError("noise_multiplier, rounds: both missing; give one, and the other is solved for")
-        unknown = missing[0] if missing else "cohort"
+        unknown: Any = missing[0] if missing else "cohort"
         if unknown != "cohort":
             values["cohort"] = given.cohort or given.hospitals
         del values[unknown]
@@ -347,6 +348,6 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsfl"
 
 
-def _fail(message: str, *, code: int = 2) -> None:
+def _fail(message: str, *, code: int = 2) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)

@@ -1,6 +1,7 @@
 """What works on this machine: Python, devices, storage, decoders, extras."""
 
 import importlib
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def _examine() -> Iterator[Examined]:
     except RuntimeError as error:
         remedy = "check the accelerator's driver, or set JAX_PLATFORMS=cpu"
         yield Examined("devices", str(error).splitlines()[0], False, remedy)
-    yield Examined("compilation cache", jax.config.jax_compilation_cache_dir or "off", True)
+    yield Examined("compilation cache", os.environ.get("JAX_COMPILATION_CACHE_DIR", "off"), True)
     for syntax, module, package in DECODERS:
         try:
             importlib.import_module(module)

@@ -226,7 +226,7 @@ def write_overlays(folder: Path, split: Split, scans: Segmented, results: dict[s
             for name, volume in (("hu", patient.hu), ("truth", patient.truth), ("prediction", fused)):
                 picture = np.take(volume, index, axis=axis)
                 arrays[f"{name}_{key}"] = picture[::-1] if turn else picture
-            arrays[f"aspect_{key}"] = np.float32(aspect)
+            arrays[f"aspect_{key}"] = np.asarray(aspect, np.float32)
             rows.append(
                 {
                     "patient": patient.name,
@@ -240,7 +240,7 @@ def write_overlays(folder: Path, split: Split, scans: Segmented, results: dict[s
             )
     results["overlays"] = rows
     with (folder / "overlays.npz").open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def _one_per_hospital(patients: Sequence[Patient]) -> list[Patient]:

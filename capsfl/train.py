@@ -203,23 +203,23 @@ def train_run(run: Run, split: Split, controls: evaluation.Controls) -> None:
     """
     if (run.folder / "results.json").exists():
         return
-    config = run.config
-    assert config.segmentation is not None
+    config, marking = run.config, run.config.segmentation
+    assert marking is not None  # StudyConfig has it in front of classification
     with open_ledger(run, split) as ledger:
         metrics = MetricsLog(run.folder / "metrics.jsonl", member=run.member)
-        seg_task = make_segmentation_task(config.segmentation, seed=config.seed)
+        seg_task = make_segmentation_task(marking, seed=config.seed)
 
         def patches(patients: Sequence[Patient]) -> dict[str, Any]:
             return by_hospital(
                 (p for p in patients if p.truth is not None),
-                lambda p: cut_patches(p, config.segmentation, seed=evaluation.seed_of(config.seed, p.name)),
+                lambda p: cut_patches(p, marking, seed=evaluation.seed_of(config.seed, p.name)),
             )
 
         seg_state, rounds_before = run_rounds(
-            run, seg_task, config.segmentation, patches(split.train), patches(split.validation),
+            run, seg_task, marking, patches(split.train), patches(split.validation),
             ledger, metrics, rounds_before=0,
         )  # fmt: skip
-        segmenter = Segmenter(seg_task, config.segmentation)
+        segmenter = Segmenter(seg_task, marking)
         scans = evaluation.Segmented(segmenter, seg_state.parameters)
         scores = None
         if config.classification is not None:

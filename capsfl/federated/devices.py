@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pydantic import Field
 
 from capsfl.federated.local import LocalResult
 from capsfl.federated.round import CohortRecords, Mechanism, RoundState, SlotMetrics, make_round
@@ -22,7 +23,7 @@ class DevicesConfig(Settings):
 
     parallel: Literal["single", "pmap", "shard_map"] = "single"
     """One device, or the cohort split over all visible ones by `jax.pmap` or by `jax.shard_map`."""
-    chunk: int | None = None
+    chunk: int | None = Field(default=None, ge=1)
     """L, hospitals vmapped at once on a device; default 1 on CPU, whose caches hold one, else the whole share."""
 
 
@@ -35,9 +36,6 @@ class CohortProgram:
         plan: sampler and noise; its slots are padded to fill the devices.
         config: layout.
         devices: defaults to all local devices (the first one for `single`).
-
-    Raises:
-        ValueError: `devices.chunk` below 1.
     """
 
     def __init__(
@@ -47,12 +45,10 @@ class CohortProgram:
         plan: PrivacyPlan,
         *,
         config: DevicesConfig,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ) -> None:
-        if config.chunk is not None and config.chunk < 1:
-            raise ValueError(f"devices.chunk = {config.chunk}: expected at least 1")
         self._parallel = config.parallel
-        self._devices = list(devices or jax.local_devices())
+        self._devices: list[Any] = list(devices or jax.local_devices())
         if config.parallel == "single":
             self._devices = self._devices[:1]
         share = -(-plan.num_slots // len(self._devices))
@@ -60,6 +56,7 @@ class CohortProgram:
         chunk = min(config.chunk or default_chunk, share)
         share = -(-share // chunk) * chunk
         self.num_slots = share * len(self._devices)
+        self._mesh = Mesh(np.asarray(self._devices), (AXIS,))
         axis = None if config.parallel == "single" else AXIS
         body = make_round(local_update, server_optimizer, plan, chunk=chunk, axis_name=axis)
         if config.parallel == "single":
@@ -69,7 +66,6 @@ class CohortProgram:
                 body, axis_name=AXIS, in_axes=(None, 0, None, None), out_axes=(None, 0), devices=self._devices
             )
         else:
-            self._mesh = Mesh(np.asarray(self._devices), (AXIS,))
             whole, split = PartitionSpec(), PartitionSpec(AXIS)
             self._run = jax.jit(
                 partial(
@@ -91,13 +87,11 @@ class CohortProgram:
             return np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
 
         padded = jax.tree.map(pad, cohort)
+        if self._parallel == "single":
+            return jax.device_put(padded, self._devices[0])
         if self._parallel == "pmap":
-            split = jax.tree.map(lambda a: a.reshape(len(self._devices), -1, *a.shape[1:]), padded)
-            shards = [jax.tree.map(lambda a, i=i: a[i], split) for i in range(len(self._devices))]
-            return jax.device_put_sharded(shards, self._devices) if hasattr(jax, "device_put_sharded") else split
-        if self._parallel == "shard_map":
-            return jax.device_put(padded, NamedSharding(self._mesh, PartitionSpec(AXIS)))
-        return jax.device_put(padded, self._devices[0])
+            padded = jax.tree.map(lambda leaf: leaf.reshape(len(self._devices), -1, *leaf.shape[1:]), padded)
+        return jax.device_put(padded, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
     def replicate(self, state: RoundState) -> RoundState:
         """Puts a state where a round leaves it, so that the first round is compiled for all that follow."""

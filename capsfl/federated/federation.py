@@ -152,7 +152,7 @@ class Federation:
         name = indices.tobytes() + mask.tobytes()
         if self._placed is None or self._placed[0] != name:
             records = jax.tree.map(lambda leaf: leaf[indices], self.hospitals.records)
-            counts = np.where(mask, self.hospitals.counts[indices], 0).astype(np.int32)
-            cohort = CohortRecords(records, counts, indices.astype(np.int32))
-            self._placed = (name, self._program.place(cohort))
+            counts = np.where(mask, self.hospitals.counts[indices], 0)
+            cohort: Any = (records, counts.astype(np.int32), indices.astype(np.int32))
+            self._placed = (name, self._program.place(CohortRecords(*cohort)))
         return self._placed[1]

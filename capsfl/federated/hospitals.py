@@ -77,8 +77,8 @@ def pool_hospitals(hospitals: Hospitals, name: str = "pooled") -> Hospitals:
 
 
 def select_hospitals(hospitals: Hospitals, names: Sequence[str]) -> Hospitals:
-    """Returns the named hospitals, trimmed to the largest of them."""
+    """Returns the named hospitals, still padded to the largest of all, so that any choice compiles once."""
     rows = [hospitals.names.index(name) for name in names]
-    counts = hospitals.counts[rows]
-    records = jax.tree.map(lambda leaf: leaf[rows, : counts.max()], hospitals.records)
-    return Hospitals(tuple(names), records, counts)
+    return Hospitals(
+        tuple(names), jax.tree.map(lambda leaf: leaf[rows], hospitals.records), hospitals.counts[rows]
+    )

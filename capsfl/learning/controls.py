@@ -22,10 +22,10 @@ def segment_by_threshold(patient: Patient, threshold_hu: float) -> np.ndarray:
 
 def fit_threshold(patients: Sequence[Patient], candidates: Sequence[float] = CANDIDATES_HU) -> float:
     """Returns the threshold in HU with the best mean Dice over patients that have a mask: the fairest control."""
-    lungs = [(p, lung_mask(p.hu, p.spacing_mm)) for p in patients if p.truth is not None and p.truth.any()]
+    lungs = [(lung_mask(p.hu, p.spacing_mm), p.hu, p.truth) for p in patients if p.truth is not None and p.truth.any()]
     if not lungs:
         return DENSE_HU
-    means = [np.mean([dice(lung & (p.hu >= t), p.truth) for p, lung in lungs]) for t in candidates]
+    means = [np.mean([dice(lung & (hu >= t), truth) for lung, hu, truth in lungs]) for t in candidates]
     return float(candidates[int(np.argmax(means))])
 
 

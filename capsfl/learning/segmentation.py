@@ -118,16 +118,17 @@ class Segmenter:
     Args:
         task: the segmentation task.
         config: planes and fusion.
-        batch_size: slices computed at once.
+        batch_size: slices computed at once; when None one on a CPU, whose caches hold no more, else 16.
     """
 
-    def __init__(self, task: Task, config: SegmentationConfig, *, batch_size: int = 8) -> None:
+    def __init__(self, task: Task, config: SegmentationConfig, *, batch_size: int | None = None) -> None:
         self.config = config
+        batch_size = batch_size or (1 if jax.default_backend() == "cpu" else 16)
 
         @partial(jax.jit, static_argnames=("plane",))
-        def one_plane(parameters: Any, hu: jax.Array, body: jax.Array, *, plane: Plane) -> jax.Array:
+        def one_plane(parameters: Any, image: jax.Array, body: jax.Array, *, plane: Plane) -> jax.Array:
             model = task.merge(parameters)
-            pictures = slices_of(window(hu), plane, config.model.in_channels)
+            pictures = slices_of(image, plane, config.model.in_channels)
             lengths = jax.lax.map(lambda picture: model(picture[None]).lengths[0], pictures, batch_size=batch_size)
             return jnp.where(body, volume_from(lengths, plane), 0)
 
@@ -135,8 +136,8 @@ class Segmenter:
 
     def planes(self, parameters: Any, hu: np.ndarray, body: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the probability volume `(z, y, x)` that each plane gives, zero outside the body."""
-        volume = jnp.asarray(hu, jnp.float32)
-        return {p: np.asarray(self._one_plane(parameters, volume, body, plane=p)) for p in self.config.planes}
+        image, inside = jnp.asarray(window(hu), jnp.float32), jnp.asarray(body)
+        return {p: np.asarray(self._one_plane(parameters, image, inside, plane=p)) for p in self.config.planes}
 
     def fused(self, planes: dict[str, np.ndarray]) -> np.ndarray:
         """Fuses the planes' probabilities into one volume (Eq 2)."""

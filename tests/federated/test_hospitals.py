@@ -23,11 +23,12 @@ def test_stacking_keeps_every_record_and_pads_with_zeros(counts):
     assert np.array_equal(pooled.records["x"][0], np.concatenate([r["x"] for r in rows.values()]))
 
 
-def test_selected_hospitals_are_trimmed_to_their_largest():
+def test_selected_hospitals_keep_their_records_and_the_common_capacity():
     hospitals = stack_hospitals({n: {"x": np.ones((c, 1))} for n, c in (("a", 5), ("b", 2), ("c", 3))})
     chosen = select_hospitals(hospitals, ["c", "b"])
     assert chosen.names == ("c", "b")
-    assert chosen.records["x"].shape == (2, 3, 1)
+    assert chosen.records["x"].shape == (2, 5, 1)
+    assert chosen.records["x"].sum(axis=(1, 2)).tolist() == [3, 2]
     assert chosen.counts.tolist() == [3, 2]
 
 

@@ -85,7 +85,7 @@ def test_noise_has_the_stated_deviation_and_changes_every_round(records):
     noise = [flat(first.parameters), flat(second.parameters) - flat(first.parameters)]
     for draw in noise:
         assert abs(draw.std() / (2.0 * 0.5 / 5) - 1) < 0.01
-    assert abs(np.corrcoef(*noise)[0, 1]) < 0.01
+    assert abs(np.corrcoef(noise[0], noise[1])[0, 1]) < 0.01
 
 
 def test_a_hospital_with_nan_is_named_and_adds_nothing(task, records):
