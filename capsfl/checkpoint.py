@@ -55,11 +55,19 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"{folder}: {error.strerror or error}; choose a writable `out`") from error
 
-    def save(self, state: RoundState, *, accountant: Mapping[str, Any], ledger: bytes) -> None:
-        """Saves one round atomically, or raises CheckpointError and leaves the previous rounds as they were."""
+    def save(self, state: RoundState, *, key: jax.Array, accountant: Mapping[str, Any], ledger: bytes) -> None:
+        """Saves one round atomically, or raises CheckpointError and leaves the previous rounds as they were.
+
+        Args:
+            state: weights, server optimizer and round.
+            key: the run's root key; every draw of a round is folded from it and the round's number.
+            accountant: what the privacy accountant reports at this round.
+            ledger: the ledger's log, this round's record included.
+        """
         step = int(state.round)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_plain(state)),
+            random=ocp.args.StandardSave({"key": jax.random.key_data(key)}),
             accountant=ocp.args.JsonSave(dict(accountant)),
             ledger=ocp.args.StandardSave({"log": np.frombuffer(ledger, np.uint8)}),
         )
@@ -77,8 +85,12 @@ class Checkpoints:
         """Rounds that are completely on disk."""
         return sorted(self._manager.all_steps(read=True))
 
-    def restore(self, like: RoundState, round_number: int | None = None) -> Restored | None:
-        """Reads a round back into the shapes of `like`; the latest by default, None when there is none."""
+    def restore(self, like: RoundState, *, key: jax.Array, round_number: int | None = None) -> Restored | None:
+        """Reads a round back into the shapes of `like`; the latest by default, None when there is none.
+
+        Raises:
+            CheckpointError: the round cannot be read, or was drawn from another root key.
+        """
         step = self._manager.latest_step() if round_number is None else round_number
         if step is None:
             return None
@@ -87,6 +99,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(_plain(like)),
+                    random=ocp.args.StandardRestore(),
                     accountant=ocp.args.JsonRestore(),
                     ledger=ocp.args.StandardRestore(),
                 ),
@@ -97,6 +110,10 @@ class Checkpoints:
                 f"{self.folder / str(step)}: checkpoint unreadable: {message[:300]}; delete this folder to "
                 "resume from the round before it"
             ) from error
+        if not np.array_equal(items.random["key"], jax.random.key_data(key)):
+            raise CheckpointError(
+                f"{self.folder / str(step)}: drawn from another seed; resume with the seed it was made by"
+            )
         state = RoundState(
             _like(like.parameters, items.state["parameters"]),
             _like(like.server, items.state.get("server") or {}),

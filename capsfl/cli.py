@@ -13,6 +13,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from capsfl.arguments import parse
+from capsfl.settings import explain
+
 # Heavy imports (jax, orbax, matplotlib) wait inside the commands, so that --help and mistakes answer at once.
 
 SUMMARY = {
@@ -46,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"capsfl: unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
         code = command(words[1:])
     except ValidationError as error:
-        from capsfl.config import explain
-
         _fail(explain(error, f"capsfl {words[0]}"))
     except ValueError as error:
         _fail(str(error))
@@ -67,22 +68,22 @@ def train(words: list[str]) -> int:
 
     if not words or words[0].startswith("-"):
         if words and words[0] in ("-h", "--help"):
-            tyro.cli(
+            parse(
                 StudyConfig,
+                ["--help"],
                 prog="capsfl train CONFIG.toml",
                 description="Run or resume a study; a CONFIG.toml before --help shows its own values as defaults.",
                 default=StudyConfig.example(),
-                args=["--help"],
                 config=TYRO,
             )
         _fail("capsfl train: name a configuration first, such as configs/demo.toml")
     path = Path(words[0])
-    config = tyro.cli(
+    config = parse(
         StudyConfig,
+        words[1:],
         prog=f"capsfl train {path}",
         description=f"Run or resume the study of {path}; defaults below are the file's values.",
         default=load_config(path),
-        args=words[1:],
         config=TYRO,
     )
     from capsfl.train import train as run_study
@@ -115,7 +116,7 @@ class IngestCommand:
 
 def ingest(words: list[str]) -> int:
     """Brings scans into standard volumes."""
-    given = tyro.cli(IngestCommand, prog="capsfl ingest", args=words)
+    given = parse(IngestCommand, words, prog="capsfl ingest")
     from capsfl.ct.ingest import ingest as ingest_scans
     from capsfl.ct.normalize import VolumeConfig
 
@@ -146,7 +147,7 @@ def phantom(words: list[str]) -> int:
         processes: int | None = None
         """Patients rendered at once; by default one per core."""
 
-    given = tyro.cli(PhantomCommand, prog="capsfl phantom", args=words)
+    given = parse(PhantomCommand, words, prog="capsfl phantom")
     config = PhantomConfig(**given.model_dump(exclude={"out", "processes"}))
     manifest = write_hospitals(given.out, config=config, processes=given.processes)
     print(f"manifest: {manifest}")
@@ -169,7 +170,7 @@ class PredictCommand:
 
 def predict(words: list[str]) -> int:
     """Applies a study to a scan."""
-    given = tyro.cli(PredictCommand, prog="capsfl predict", args=words)
+    given = parse(PredictCommand, words, prog="capsfl predict")
     from capsfl.predict import predict as predict_scan
 
     console = Console()
@@ -190,7 +191,7 @@ class ReportCommand:
 
 def report(words: list[str]) -> int:
     """Writes the page again."""
-    given = tyro.cli(ReportCommand, prog="capsfl report", args=words)
+    given = parse(ReportCommand, words, prog="capsfl report")
     from capsfl.report import build_page, summary_picture
 
     print(f"page: {build_page(given.run)}")
@@ -214,7 +215,7 @@ class VerifyCommand:
 
 def verify(words: list[str]) -> int:
     """Checks a study's ledgers."""
-    given = tyro.cli(VerifyCommand, prog="capsfl verify", args=words)
+    given = parse(VerifyCommand, words, prog="capsfl verify")
     from capsfl.audit import audit_study, finding_row
     from capsfl.ledger.verify import Status
 
@@ -274,7 +275,7 @@ class EpsilonCommand:
 
 def epsilon(words: list[str]) -> int:
     """Accounts for a setting."""
-    given = tyro.cli(EpsilonCommand, prog="capsfl epsilon", args=words)
+    given = parse(EpsilonCommand, words, prog="capsfl epsilon")
     from capsfl.privacy import epsilon_report, solve
 
     values: dict[str, Any] = asdict(given)
@@ -284,7 +285,8 @@ def epsilon(words: list[str]) -> int:
             if values[name] is None:
                 flag = name.replace("_", "-")
                 raise ValueError(f"{name}: missing; give --{flag}, or --target-epsilon to solve for it")
-        row = epsilon_report(**(values | {"cohort": given.cohort or given.hospitals}))
+        values["cohort"] = given.cohort or given.hospitals
+        row = epsilon_report(**values)
     else:
         missing = [name for name in ("noise_multiplier", "rounds") if values[name] is None]
         if len(missing) == 2:
@@ -311,7 +313,7 @@ def doctor(words: list[str]) -> int:
     class DoctorCommand:
         """Devices, versions, decoders and extras: what works here and what to install."""
 
-    tyro.cli(DoctorCommand, prog="capsfl doctor", args=words)
+    parse(DoctorCommand, words, prog="capsfl doctor")
     from capsfl.doctor import examine
 
     table = Table("part", "state", "remedy", box=None, pad_edge=False)

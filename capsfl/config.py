@@ -17,7 +17,7 @@ from capsfl.federated.federation import RoundsConfig
 from capsfl.learning.classification import ClassificationConfig
 from capsfl.learning.segmentation import SegmentationConfig
 from capsfl.privacy.plan import PrivacyConfig
-from capsfl.settings import Settings
+from capsfl.settings import Settings, explain
 
 
 class ConfigError(ValueError):
@@ -143,22 +143,6 @@ def load_config(path: Path) -> StudyConfig:
         return StudyConfig.model_validate_json(json.dumps(table))
     except ValidationError as error:
         raise ConfigError(explain(error, str(path))) from error
-
-
-def explain(error: ValidationError, source: str) -> str:
-    """Turns pydantic's findings into one line each: source, dotted field, value, what was expected."""
-    lines = []
-    for finding in error.errors(include_url=False):
-        field = ".".join(str(part) for part in finding["loc"])
-        message = finding["msg"].removeprefix("Value error, ")
-        if finding["type"] == "extra_forbidden":
-            message = "unknown key; see `capsfl train CONFIG --help` for the known ones"
-        elif finding["type"] == "missing":
-            message = "missing; add it"
-        elif field:
-            message = f"= {json.dumps(finding['input'], default=str)[:80]}: {message}"
-        lines.append(f"{source}: {field + ' ' if field else ''}{message}")
-    return "\n".join(lines)
 
 
 def _refuse_unportable(value: Any, path: Path, trail: tuple[str, ...]) -> None:

@@ -1,6 +1,8 @@
-"""The base of every configuration section: strict, frozen, hashable, documented by its attributes."""
+"""The base of every configuration section: strict, frozen, hashable, documented; and what its refusals say."""
 
-from pydantic import BaseModel, ConfigDict
+import json
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Settings(BaseModel):
@@ -18,3 +20,25 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+def explain(error: ValidationError, source: str, *, section: str = "") -> str:
+    """Turns pydantic's findings into one line each: source, dotted field, value, what was expected.
+
+    Args:
+        error: the refusal.
+        source: file or command that the values came from.
+        section: dotted name of the section that was refused; empty for the whole.
+    """
+    lines = []
+    for finding in error.errors(include_url=False):
+        field = ".".join([section] * bool(section) + [str(part) for part in finding["loc"]])
+        message = finding["msg"].removeprefix("Value error, ")
+        if finding["type"] == "extra_forbidden":
+            message = "unknown key; see `capsfl train CONFIG --help` for the known ones"
+        elif finding["type"] == "missing":
+            message = "missing; add it"
+        elif finding["loc"]:
+            message = f"= {json.dumps(finding['input'], default=str)[:80]}: {message}"
+        lines.append(f"{source}: {field + ' ' if field else ''}{message}")
+    return "\n".join(lines)

@@ -279,7 +279,7 @@ def run_rounds(
         total = min(total, federation.plan.max_rounds(config.privacy.target_epsilon) - rounds_before)
     state = federation.init()
     with open_checkpoints(run.folder / "checkpoints" / task.name, keep=config.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore(state)
+        restored = checkpoints.restore(state, key=federation.key)
         if restored is not None:
             state = federation.place(restored.state)
             ledger.reconcile(restored.ledger)
@@ -294,6 +294,7 @@ def run_rounds(
             metrics.append(task.name, report, scores, epsilon, watch)
             checkpoints.save(
                 state,
+                key=federation.key,
                 accountant=federation.plan.statement(spent).to_json(),
                 ledger=ledger.export(),
             )

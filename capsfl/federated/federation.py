@@ -79,7 +79,7 @@ class Federation:
         self.task = task
         self.hospitals = hospitals
         self.plan = PrivacyPlan.build(privacy, num_hospitals=len(hospitals))
-        self._key = jax.random.key(seed)
+        self.key = jax.random.key(seed)
         self._server_optimizer = make_server_optimizer(config.server)
         self._program = CohortProgram(
             make_local_update(task, config.local),
@@ -104,7 +104,7 @@ class Federation:
 
     def step(self, state: RoundState) -> tuple[RoundState, RoundReport]:
         """Runs the next round."""
-        key = jax.random.fold_in(self._key, state.round)
+        key = jax.random.fold_in(self.key, state.round)
         cohort = self._sample(jax.random.fold_in(key, 0))
         indices, mask = np.asarray(cohort.indices), np.asarray(cohort.mask)
         placed = self._place(indices, mask)

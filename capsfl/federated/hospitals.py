@@ -79,6 +79,4 @@ def pool_hospitals(hospitals: Hospitals, name: str = "pooled") -> Hospitals:
 def select_hospitals(hospitals: Hospitals, names: Sequence[str]) -> Hospitals:
     """Returns the named hospitals, still padded to the largest of all, so that any choice compiles once."""
     rows = [hospitals.names.index(name) for name in names]
-    return Hospitals(
-        tuple(names), jax.tree.map(lambda leaf: leaf[rows], hospitals.records), hospitals.counts[rows]
-    )
+    return Hospitals(tuple(names), jax.tree.map(lambda leaf: leaf[rows], hospitals.records), hospitals.counts[rows])

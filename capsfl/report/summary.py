@@ -149,4 +149,5 @@ def _triptych(panels: list[Axes], overlay: Overlay, *, titled: bool) -> None:
             transform=panels[2].transAxes,
             ha="right",
             fontsize=9,
+            bbox={"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 2},
         )
