@@ -47,6 +47,7 @@ def compile_case(case: Case, implementation: str, *, gradient: bool) -> tuple[Ca
 
 def measure(repeats: int) -> dict[str, Any]:
     """Runs all cases, alternating the implementations."""
+    jax.config.update("jax_enable_compilation_cache", False)  # else the compile times would be those of a file
     rows = []
     for name, case in CASES.items():
         for gradient in (False, True):

@@ -45,21 +45,13 @@ class StudyFolder:
         path = Path(config.out)
         file = path / "study.json"
         record = _read_record(file)
-        if record is None:
-            if path.is_dir() and any(path.iterdir()):
-                raise StudyFolderError(
-                    f"{path}: not empty and not a study (no study.json); choose another `out` or an empty folder"
-                )
-            record = {
-                "name": path.name,
-                "arms": [arm.name for arm in config.arms],
-                "primary": config.arms[0].name,
-                "configuration": config.model_dump(mode="json"),
-                "configuration_hash": config.digest(),
-                "versions": {name: version(name) for name in ("capsfl", "jax", "flax", "orbax-checkpoint")},
-                "device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
-                "stages": [],
-            }
+        if record is None and path.is_dir() and any(path.iterdir()):
+            raise StudyFolderError(
+                f"{path}: not empty and not a study (no study.json); choose another `out` or an empty folder"
+            )
+        if record is None or not _is_begun(path, record):
+            # Until a training has begun, a mended configuration may take the folder over.
+            record = _new_record(path, config)
         elif record.get("configuration_hash") != config.digest():
             raise StudyFolderError(
                 f"{path}: made by another configuration ({_difference(record['configuration'], config)}); choose "
@@ -178,6 +170,23 @@ def _read_record(file: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or "configuration" not in record:
         raise StudyFolderError(f"{file}: not a study's record; delete the folder to start over")
     return record
+
+
+def _new_record(path: Path, config: StudyConfig) -> dict[str, Any]:
+    return {
+        "name": path.name,
+        "arms": [arm.name for arm in config.arms],
+        "primary": config.arms[0].name,
+        "configuration": config.model_dump(mode="json"),
+        "configuration_hash": config.digest(),
+        "versions": {name: version(name) for name in ("capsfl", "jax", "flax", "orbax-checkpoint")},
+        "device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "stages": [],
+    }
+
+
+def _is_begun(path: Path, record: dict[str, Any]) -> bool:
+    return any((path / str(arm)).exists() for arm in record.get("arms", ()))
 
 
 def _difference(old: dict[str, Any], config: StudyConfig) -> str:
