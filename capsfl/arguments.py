@@ -48,9 +48,11 @@ def parse(form: type[T], words: Sequence[str], *, prog: str, **options: Any) -> 
 
 
 def _text_lines(panel: str) -> list[str]:
-    """The lines of a panel without its frame; a rule within it becomes an empty line."""
-    inside = [line.strip("│ ") for line in panel.splitlines() if not line.startswith(("╭", "╰"))]
-    return ["" if set(line) == {"─"} else line for line in inside]
+    """The lines of a panel without title and frame, which are drawn in ASCII where the output takes no more."""
+    lines = [line.strip("│ ") for line in panel.splitlines() if line.strip()]
+    # The title is a part of the upper frame, or stands over a rule.
+    inside = lines[1:-1] if panel.startswith("╭") else lines[2:]
+    return ["" if set(line) <= {"─", "-"} else line for line in inside]
 
 
 def _sentence(lines: list[str]) -> str:

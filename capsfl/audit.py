@@ -10,6 +10,7 @@ from capsfl.ledger.block import SignedHead
 from capsfl.ledger.canonical import decimal
 from capsfl.ledger.chain import Ledger
 from capsfl.ledger.errors import LedgerError
+from capsfl.ledger.log import survey
 from capsfl.ledger.records import Registration, RoundRecord
 from capsfl.ledger.verify import Finding, Status, verify
 from capsfl.privacy.plan import PrivacyPlan
@@ -36,8 +37,9 @@ def audit_run(folder: Path, config: StudyConfig, *, witness_head: bytes | None =
     """
     place = folder / "ledger"
     try:
-        with Ledger.open(place) as ledger:
-            records = [record for block in ledger.blocks() for record in block.records]
+        # Up to the first damage, as `verify` reads it; `Ledger.open` would give nothing at all.
+        history, _, _ = survey(place)
+        records = [record for block in history.blocks for record in block.records]
     except LedgerError:
         records = []  # `verify` says what is wrong with it
     holders = sum(isinstance(record, Registration) for record in records)

@@ -1,6 +1,8 @@
 """Orbax checkpoints of a task's rounds: weights, server optimizer, accountant and ledger in one atomic step."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,9 +77,8 @@ class Checkpoints:
             self._manager.save(step, args=items)
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            message = " ".join(str(error).split())
             raise CheckpointError(
-                f"{self.folder / str(step)}: checkpoint not written: {message[:300]}; "
+                f"{self.folder / str(step)}: checkpoint not written: {_cause(error)}; "
                 "free space or choose another `out`, then run again to resume"
             ) from error
 
@@ -105,9 +106,8 @@ class Checkpoints:
                 ),
             )
         except (OSError, ValueError, KeyError) as error:
-            message = " ".join(str(error).split())
             raise CheckpointError(
-                f"{self.folder / str(step)}: checkpoint unreadable: {message[:300]}; delete this folder to "
+                f"{self.folder / str(step)}: checkpoint unreadable: {_cause(error)}; delete this folder to "
                 "resume from the round before it"
             ) from error
         if not np.array_equal(items.random["key"], jax.random.key_data(key)):
@@ -160,7 +160,7 @@ def read_parameters(folder: Path, round_number: int) -> dict[str, np.ndarray] | 
         with ocp.StandardCheckpointer() as reader:
             tree = reader.restore(step / "state")
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{step}: checkpoint unreadable: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(f"{step}: checkpoint unreadable: {_cause(error)}") from error
     parameters = tree["parameters"]
     return {_path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
 
@@ -176,6 +176,15 @@ def latest_parameters(folder: Path, like: Any) -> Any:
     if found is None:
         raise CheckpointError(f"{folder}: no checkpoint; let `capsfl train` finish first")
     return _like(like, found)
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, in one line; the text in which TensorStore reports a full disk never gets to saying so."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return os.strerror(errno.ENOSPC)
+    return " ".join(str(error).split())[:300]
 
 
 def _plain(state: RoundState) -> dict[str, Any]:

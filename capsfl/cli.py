@@ -235,9 +235,10 @@ def verify(words: list[str]) -> int:
             table.add_row(name, check, *counts)
     console.print(table)
     for name, finding in failed:
-        where = [f"{finding.task} round {finding.round}" if finding.round is not None else "", finding.leaf or ""]
+        moment = f"{finding.task} round {finding.round}" if finding.round is not None else ""
+        where = [finding.check, moment, finding.leaf or ""]
         console.print(
-            f"[red]FAILED[/] {name}: {finding.check} " + " ".join(w for w in where if w) + f": {finding.detail}",
+            f"[red]FAILED[/] {name}: {' '.join(w for w in where if w)}: {finding.detail}",
             soft_wrap=True,
             highlight=False,
         )

@@ -49,10 +49,11 @@ class StudyFolder:
             raise StudyFolderError(
                 f"{path}: not empty and not a study (no study.json); choose another `out` or an empty folder"
             )
-        if record is None or not _is_begun(path, record):
+        same = record is not None and record.get("configuration_hash") == config.digest()
+        if record is None or (not same and not _is_begun(path, record)):
             # Until a training has begun, a mended configuration may take the folder over.
             record = _new_record(path, config)
-        elif record.get("configuration_hash") != config.digest():
+        elif not same:
             raise StudyFolderError(
                 f"{path}: made by another configuration ({_difference(record['configuration'], config)}); choose "
                 "another `out`, or delete the folder to start over"

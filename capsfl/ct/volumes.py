@@ -1,5 +1,6 @@
 """Standard volumes on disk: Zarr 3 groups, compressed, checksummed, written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -70,7 +71,7 @@ def write_volume(path: Path, volume: StandardVolume, *, attributes: Mapping[str,
         _replace(partial, path)
     except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk as ValueError
         shutil.rmtree(partial, ignore_errors=True)
-        cause = str(error).splitlines()[0][:160]
+        cause = _cause(error)
         raise StorageError(f"{path}: cannot be written ({cause}); free space or choose a writable folder") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,7 +92,7 @@ def read_volume(path: Path) -> tuple[StandardVolume, dict[str, Any]]:
         reads = [handle.result().read() for handle in opened]
         arrays = {name: np.asarray(read.result()) for name, read in zip(names, reads, strict=True)}
     except (OSError, ValueError, RuntimeError) as error:
-        cause = str(error).splitlines()[0][:160]
+        cause = _cause(error)
         raise CorruptVolume(path, f"unreadable ({cause})", "delete it and ingest the scan again") from error
     affine = np.array(record["affine"], np.float64)
     if _checksum(arrays, affine) != record["checksum"]:
@@ -166,6 +167,15 @@ def _write_array(path: Path, array: np.ndarray, *, fill_value: int | bool) -> No
     }
     spec = {"driver": "zarr3", "kvstore": _store(path), "metadata": metadata}
     tensorstore.open(spec, create=True).result().write(array).result()
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong in a few words; TensorStore's own text is longer than a line, paths included."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if str(error).startswith("RESOURCE_EXHAUSTED"):
+        return os.strerror(errno.ENOSPC)
+    return str(error).splitlines()[0][:160]
 
 
 def _store(path: Path) -> dict[str, str]:
