@@ -49,7 +49,7 @@ def parse(form: type[T], words: Sequence[str], *, prog: str, **options: Any) -> 
 
 def _text_lines(panel: str) -> list[str]:
     """The lines of a panel without title and frame, which are drawn in ASCII where the output takes no more."""
-    lines = [line.strip("│ ") for line in panel.splitlines() if line.strip()]
+    lines = [text for line in panel.splitlines() if (text := line.strip("│ "))]
     # The title is a part of the upper frame, or stands over a rule.
     inside = lines[1:-1] if panel.startswith("╭") else lines[2:]
     return ["" if set(line) <= {"─", "-"} else line for line in inside]
@@ -58,7 +58,7 @@ def _text_lines(panel: str) -> list[str]:
 def _sentence(lines: list[str]) -> str:
     """What is wrong, and what tyro guesses was meant."""
     before, _, after = "\n".join(lines).partition("\n\n")
-    words = " ".join(before.split())
+    words = " ".join(before.split()).split(" Got errors:")[0]
     missing = re.fullmatch(r"Missing from [^:]+: (.*)", words)
     if missing:
         return f"missing {missing[1]}"

@@ -135,9 +135,7 @@ def capsfl(environment: Mapping[str, str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
-def refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., str]:
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs a command that must be refused; returns the one line it prints.
 
     In this process, since starting Python costs more than the refusal; test_bad_input also starts a few.
@@ -194,9 +192,7 @@ def configuration(phantom: Path) -> Callable[[Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def study(
-    once: Callable[..., Path], capsfl: Callable[..., Outcome], configuration: Callable[[Path], Path]
-) -> Study:
+def study(once: Callable[..., Path], capsfl: Callable[..., Outcome], configuration: Callable[[Path], Path]) -> Study:
     """A finished study; read it, never change it."""
     run = once("study", lambda place: capsfl("train", configuration(place)))
     return Study(run.with_suffix(".toml"), run)

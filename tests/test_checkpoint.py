@@ -1,0 +1,186 @@
+"""Checkpoints: bit-exact, atomic, readable without the model, and named when they are damaged."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from capsfl.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    latest_parameters,
+    open_checkpoints,
+    read_parameters,
+    tensor_leaves,
+)
+from capsfl.federated.round import RoundState
+from capsfl.ledger.records import tensor_leaf
+
+OPTIMIZER = optax.adam(0.1)
+KEY = jax.random.key(5)
+
+
+def state_after(steps: int, *, seed: int = 0) -> RoundState:
+    """A small model after some steps of its server optimizer."""
+    _, parameters = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(seed)))
+    server = OPTIMIZER.init(parameters)
+    for step in range(steps):
+        gradient = jax.tree.map(lambda leaf, step=step: jnp.sin(leaf + step), parameters)
+        updates, server = OPTIMIZER.update(gradient, server, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+    return RoundState(parameters, server, jnp.int32(steps))
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two pytrees agree in structure and in every bit."""
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype for x, y in leaves
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rounds on disk; read them, never change them."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "segmentation"
+    with open_checkpoints(folder) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state_after(step), key=KEY, accountant={"epsilon": step / 7}, ledger=bytes(range(step)))
+    return folder
+
+
+@pytest.mark.parametrize("number", [None, 1, 2])
+def test_a_round_comes_back_bit_for_bit_with_optimizer_accountant_and_ledger(saved: Path, number: int | None):
+    with open_checkpoints(saved) as checkpoints:
+        restored = checkpoints.restore(state_after(0, seed=9), key=KEY, round_number=number)
+    step = number or 3
+    assert restored is not None
+    assert same(restored.state, state_after(step))
+    assert restored.accountant == {"epsilon": step / 7}
+    assert restored.ledger == bytes(range(step))
+
+
+def test_a_round_drawn_from_another_seed_is_refused(saved: Path):
+    with open_checkpoints(saved) as checkpoints, pytest.raises(CheckpointError, match="3: drawn from another seed"):
+        checkpoints.restore(state_after(0), key=jax.random.key(6))
+
+
+def test_the_next_step_from_a_restored_state_is_the_one_not_interrupted(saved: Path):
+    with open_checkpoints(saved) as checkpoints:
+        restored = checkpoints.restore(state_after(0), key=KEY, round_number=2)
+    assert restored is not None
+    gradient = jax.tree.map(lambda leaf: jnp.sin(leaf + 2), restored.state.parameters)
+    updates, _ = OPTIMIZER.update(gradient, restored.state.server, restored.state.parameters)
+    assert same(optax.apply_updates(restored.state.parameters, updates), state_after(3).parameters)
+
+
+def test_weights_are_read_without_the_model(saved: Path):
+    arrays = read_parameters(saved, 2)
+    assert arrays is not None
+    assert {name: array.shape for name, array in arrays.items()} == {"bias": (2,), "kernel": (3, 2)}
+    assert tensor_leaves(arrays) == tensor_leaves(state_after(2).parameters)
+    assert same(latest_parameters(saved, state_after(0).parameters), state_after(3).parameters)
+    assert read_parameters(saved, 4) is None
+
+
+def test_a_digest_is_over_path_type_shape_and_little_endian_bytes():
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    expected = {"w": tensor_leaf("w", "float32", (2, 3), array.astype("<f4").tobytes()).hex()}
+    assert tensor_leaves({"w": jnp.asarray(array)}) == expected
+    assert tensor_leaves({"w": array.astype(">f4")}) == expected
+    assert tensor_leaves({"w": np.asfortranarray(array)}) == expected
+    changed = [
+        {"v": array},
+        {"w": array.T},
+        {"w": array.astype(np.float64)},
+        {"w": array.reshape(3, 2)},
+        {"w": np.nextafter(array, 9, dtype=np.float32)},
+    ]
+    digests = [tuple(tensor_leaves(tree).values()) for tree in [{"w": array}, *changed]]
+    assert len(set(digests)) == len(digests)
+
+
+def test_only_the_newest_rounds_are_kept_when_asked(tmp_path: Path):
+    with open_checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state_after(step), key=KEY, accountant={}, ledger=b"x")
+        assert checkpoints.rounds() == [2, 3]
+
+
+def test_a_fresh_folder_has_nothing_to_restore(tmp_path: Path):
+    with open_checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.rounds() == []
+        assert checkpoints.restore(state_after(0), key=KEY) is None
+    with pytest.raises(CheckpointError, match="no checkpoint; let `capsfl train` finish first"):
+        latest_parameters(tmp_path / "c", state_after(0).parameters)
+
+
+def test_an_interrupted_save_is_never_the_latest(saved: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(saved, tmp_path / "c"))
+    (folder / "3").rename(folder / "3.orbax-checkpoint-tmp")
+    with open_checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(state_after(0), key=KEY)
+    assert restored is not None
+    assert int(restored.state.round) == 2
+    assert not list(folder.glob("*tmp*"))
+
+
+def outcome(folder: Path) -> dict[str, str] | None:
+    """Digests of round 3; None when it is refused, which must be in one line that names it."""
+    try:
+        arrays = read_parameters(folder, 3)
+    except CheckpointError as error:
+        refusal = str(error)
+    else:
+        assert arrays is not None
+        return tensor_leaves(arrays)
+    assert refusal.startswith(f"{folder / '3'}: checkpoint unreadable: ")
+    assert len(refusal.splitlines()) == 1
+    return None
+
+
+def test_every_damaged_file_of_a_round_is_found_out(saved: Path, tmp_path: Path):
+    """Each file of the arrays is cut, emptied and changed in one bit: a named error, or another digest."""
+    expected = tensor_leaves(state_after(3).parameters)
+    files = [p.relative_to(saved) for p in (saved / "3" / "state").rglob("*") if p.is_file() and p.stat().st_size]
+    silent = []
+    for file in files:
+        content = (saved / file).read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 16
+        for name, damaged in (("cut", content[: len(content) // 2]), ("empty", b""), ("bit", bytes(flipped))):
+            folder = Path(shutil.copytree(saved, tmp_path / hashlib.sha256(f"{file}{name}".encode()).hexdigest()))
+            (folder / file).write_bytes(damaged)
+            if outcome(folder) == expected:
+                silent.append((str(file), name))
+    # What is left are files whose content says nothing about weights: marks, layouts, and the optimizer's arrays.
+    told = {name for file, name in silent if "ocdbt.process_0/d/" in file}
+    assert "cut" not in told
+    assert "empty" not in told
+
+
+def test_a_damaged_round_names_itself_and_how_to_go_on(saved: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(saved, tmp_path / "c"))
+    for file in (folder / "3" / "state").rglob("d/*"):
+        file.write_bytes(b"")
+    with open_checkpoints(folder) as checkpoints, pytest.raises(CheckpointError) as error:
+        checkpoints.restore(state_after(0), key=KEY)
+    assert str(error.value).startswith(f"{folder / '3'}: checkpoint unreadable: ")
+    assert "delete this folder to resume from the round before it" in str(error.value)
+    shutil.rmtree(folder / "3")
+    with open_checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(state_after(0), key=KEY)
+    assert restored is not None
+    assert same(restored.state, state_after(2))
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file.*choose a writable `out`"):
+        Checkpoints(tmp_path / "file" / "c")

@@ -1,0 +1,174 @@
+"""The study folder: whose it is, what it survives, and a split that keeps patients apart."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capsfl.config import DataConfig, StudyConfig
+from capsfl.learning.patients import Patient
+from capsfl.study import StudyFolder, StudyFolderError, load_study_config, split_patients, write_json
+
+
+def study(out: Path, **changes: object) -> StudyConfig:
+    """A configuration with a run folder."""
+    return StudyConfig.example().model_copy(update={"out": str(out), **changes})
+
+
+def patient(number: int, hospital: str, label: int | None, split: str | None = None) -> Patient:
+    """A patient without a volume worth the name."""
+    voxel = np.zeros((1, 1, 1), np.float32)
+    return Patient(
+        name=f"{hospital}-{number:03d}",
+        hospital=hospital,
+        scanner="",
+        label=label,
+        hu=voxel,
+        body=voxel > 0,
+        truth=voxel > 0,
+        spacing_mm=(1.0, 1.0, 1.0),
+        split=split,
+    )
+
+
+def test_a_folder_is_founded_once_and_then_resumed(tmp_path: Path):
+    config = study(tmp_path / "run")
+    with StudyFolder.open(config).stage("ingest"):
+        pass
+    with StudyFolder.open(config).stage("federated"):
+        pass
+    record = json.loads((tmp_path / "run" / "study.json").read_text())
+    assert [stage["name"] for stage in record["stages"]] == ["ingest", "federated"]
+    assert load_study_config(tmp_path / "run") == config
+
+
+def test_the_time_of_a_resumed_stage_adds_up(tmp_path: Path):
+    config = study(tmp_path)
+    seconds = []
+    for _ in range(2):
+        with StudyFolder.open(config).stage("ingest"):
+            sum(range(200_000))
+        (stage,) = json.loads((tmp_path / "study.json").read_text())["stages"]
+        seconds.append(stage["seconds"])
+    assert 0 < seconds[0] < seconds[1]
+
+
+def test_a_folder_with_a_training_in_it_belongs_to_its_configuration(tmp_path: Path):
+    StudyFolder.open(study(tmp_path))
+    StudyFolder.open(study(tmp_path, seed=1))  # nothing was trained yet
+    assert load_study_config(tmp_path).seed == 1
+    (tmp_path / "federated").mkdir()
+    with pytest.raises(StudyFolderError, match=r"made by another configuration \(seed was 1, is 2\); choose another"):
+        StudyFolder.open(study(tmp_path, seed=2))
+    StudyFolder.open(study(tmp_path, seed=1))
+    assert load_study_config(tmp_path).seed == 1
+
+
+def test_a_difference_deep_inside_is_named_with_both_values(tmp_path: Path):
+    config = study(tmp_path)
+    StudyFolder.open(config)
+    (tmp_path / "federated").mkdir()
+    assert config.segmentation is not None
+    deeper = config.segmentation.model.model_copy(update={"width": 0.5})
+    other = config.model_copy(update={"segmentation": config.segmentation.model_copy(update={"model": deeper})})
+    with pytest.raises(StudyFolderError, match=r"segmentation\.model\.width was 1\.0, is 0\.5"):
+        StudyFolder.open(other)
+
+
+def test_another_place_and_another_layout_are_no_other_configuration(tmp_path: Path):
+    config = study(tmp_path / "here")
+    StudyFolder.open(config)
+    (tmp_path / "here" / "federated").mkdir()
+    (tmp_path / "here").rename(tmp_path / "there")
+    layout = config.devices.model_copy(update={"parallel": "shard_map"})
+    StudyFolder.open(study(tmp_path / "there", devices=layout))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"name": "x"}', ""])
+def test_a_damaged_record_is_named_and_left_alone(tmp_path: Path, content: str):
+    (tmp_path / "study.json").write_text(content)
+    with pytest.raises(StudyFolderError, match=r"study\.json"):
+        StudyFolder.open(study(tmp_path))
+    assert (tmp_path / "study.json").read_text() == content
+
+
+def test_a_study_of_another_version_is_named_with_that_version(tmp_path: Path):
+    StudyFolder.open(study(tmp_path))
+    record = json.loads((tmp_path / "study.json").read_text())
+    record["configuration"]["kappa"] = 1
+    record["versions"]["capsfl"] = "9.9"
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    with pytest.raises(StudyFolderError, match=r"install capsfl 9\.9"):
+        load_study_config(tmp_path)
+
+
+def test_a_place_that_is_a_file_is_named(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(StudyFolderError, match="cannot be written"):
+        StudyFolder.open(study(tmp_path / "run"))
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"a": float("nan")})
+
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=4),
+    test=st.floats(0, 0.99),
+    validation=st.floats(0, 0.99),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_a_split_is_a_partition_by_hospital_and_class_in_the_asked_shares(
+    sizes: list[tuple[int, int]], test: float, validation: float, seed: int
+):
+    patients = [
+        patient(100 * label + number, chr(65 + hospital), label)
+        for hospital, counts in enumerate(sizes)
+        for label, count in enumerate(counts)
+        for number in range(count)
+    ]
+    config = DataConfig(test_fraction=test, validation_fraction=validation)
+    held = {(h, c): round(test * n) for h, counts in enumerate(sizes) for c, n in enumerate(counts)}
+    if not 0 < sum(held.values()) < len(patients):
+        with pytest.raises(ValueError, match=r"data\.test_fraction"):
+            split_patients(patients, config, seed=seed)
+        return
+    split = split_patients(patients, config, seed=seed)
+    names = [p.name for part in split for p in part]
+    assert sorted(names) == sorted(p.name for p in patients)
+    assert len(set(names)) == len(names)
+    for (hospital, label), count in held.items():
+        assert sum((p.hospital, p.label) == (chr(65 + hospital), label) for p in split.test) == count
+    again = split_patients(list(reversed(patients)), config, seed=seed)
+    assert [[p.name for p in part] for part in again] == [[p.name for p in part] for part in split]
+
+
+def test_the_manifests_split_is_kept(tmp_path: Path):
+    patients = [patient(n, "A", n % 2, ("train", "validation", "test")[n % 3]) for n in range(9)]
+    split = split_patients(patients, DataConfig(), seed=0)
+    assert {p.split for p in split.train} == {"train"}
+    assert {p.split for p in split.validation} == {"validation"}
+    assert {p.split for p in split.test} == {"test"}
+    assert sum(map(len, split)) == 9
+
+
+@pytest.mark.parametrize(("fraction", "part"), [(0.0, "test on"), (0.99, "train on")])
+def test_a_split_that_leaves_a_part_empty_is_refused(fraction: float, part: str):
+    with pytest.raises(ValueError, match=rf"data\.test_fraction = {fraction}: no patient left to {part} among 4"):
+        split_patients([patient(n, "A", 1) for n in range(4)], DataConfig(test_fraction=fraction), seed=0)
