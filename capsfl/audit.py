@@ -1,5 +1,6 @@
 """What `capsfl verify` recomputes: the ledger's digests from Orbax, its epsilons from the accountant."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,37 @@ from capsfl.ledger.canonical import decimal
 from capsfl.ledger.chain import Ledger
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.log import survey
-from capsfl.ledger.records import Registration, RoundRecord
+from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord
 from capsfl.ledger.verify import Finding, Status, verify
 from capsfl.privacy.plan import PrivacyPlan
-from capsfl.study import load_study_config
+from capsfl.study import load_study_config, study_hospitals
 
 
-def run_folders(study: Path, config: StudyConfig) -> list[tuple[ArmConfig, Path]]:
-    """The folders of a study's runs: one per arm, or one per hospital of a `local` arm."""
+def run_places(study: Path, config: StudyConfig) -> list[tuple[ArmConfig, str]]:
+    """The places of a study's runs in its folder: one per arm, or for `local` one per hospital the study names."""
     found = []
     for arm in config.arms:
-        place = study / arm.name
-        inner = sorted(p.parent for p in place.glob("*/ledger")) if arm.partition == "local" else [place]
-        found += [(arm, folder) for folder in inner]
+        if arm.partition == "local":
+            found += [(arm, f"{arm.name}/{hospital}") for hospital in study_hospitals(study)]
+        else:
+            found.append((arm, arm.name))
     return found
 
 
-def audit_run(folder: Path, config: StudyConfig, *, witness_head: bytes | None = None) -> list[Finding]:
+def chain_of(config: StudyConfig, place: str) -> str:
+    """The name of a run's chain, bound to the whole study's configuration and the run's place in it."""
+    return hashlib.sha256(f"{config.digest()}/{place}".encode()).hexdigest()[:32]
+
+
+def audit_run(
+    folder: Path, config: StudyConfig, *, chain_id: str, witness_head: bytes | None = None
+) -> list[Finding]:
     """Checks a run's whole ledger against its checkpoints, its accountant and its configuration.
 
     Args:
         folder: the run's folder.
         config: the arm's own configuration, `StudyConfig.arm`.
+        chain_id: the name that a ledger in this place must have, `chain_of`.
         witness_head: a signed head that somebody kept; rollback and split views show only against one.
     """
     place = folder / "ledger"
@@ -62,7 +72,16 @@ def audit_run(folder: Path, config: StudyConfig, *, witness_head: bytes | None =
         configuration_hash=config.digest(),
         witness_head=witness_head,
     )
-    return findings + _check_coverage(folder, order)
+    return findings + _check_identity(records, chain_id) + _check_coverage(folder, order)
+
+
+def _check_identity(records: Sequence[Record], chain_id: str) -> list[Finding]:
+    """Tells whether the ledger is this run's, and not that of another run or study put in its place."""
+    found = [record.chain_id for record in records if isinstance(record, Genesis)]
+    if found == [chain_id]:
+        return [Finding("identity", Status.OK, detail=f"chain {chain_id} belongs to this run")]
+    detail = f"the ledger names chain {', '.join(found) or 'none'}, this run's is {chain_id}"
+    return [Finding("identity", Status.FAILED, detail=detail)]
 
 
 def _check_coverage(folder: Path, recorded: Sequence[tuple[str, int]]) -> list[Finding]:
@@ -139,12 +158,13 @@ def audit_study(study: Path, *, witness_head: bytes | None = None) -> dict[str, 
         StudyFolderError: no study there.
     """
     config = load_study_config(study)
-    runs = run_folders(study, config)
+    runs = run_places(study, config)
     found: dict[str, list[Finding]] = {}
-    for arm, folder in runs:
-        name = str(folder.relative_to(study))
+    for arm, place in runs:
+        folder = study / place
         witness = witness_head if len(runs) == 1 or _is_of_chain(witness_head, folder) else None
-        found[name] = audit_run(folder, config.arm(arm), witness_head=witness)
+        chain_id = chain_of(config, place)
+        found[place] = audit_run(folder, config.arm(arm), chain_id=chain_id, witness_head=witness)
     if (
         witness_head is not None
         and len(runs) > 1

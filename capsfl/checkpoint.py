@@ -1,9 +1,8 @@
 """Orbax checkpoints of a task's rounds: weights, server optimizer, accountant and ledger in one atomic step."""
 
 import errno
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from capsfl.federated.round import RoundState
-from capsfl.ledger.records import tensor_leaf
+from capsfl.ledger.records import RoundRecord, tensor_leaf
 
 
 class CheckpointError(ValueError):
@@ -165,17 +164,40 @@ def read_parameters(folder: Path, round_number: int) -> dict[str, np.ndarray] | 
     return {_path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
 
 
-def latest_parameters(folder: Path, like: Any) -> Any:
+def latest_parameters(folder: Path, like: Any, recorded: Sequence[RoundRecord]) -> Any:
     """Reads the weights of the last round on disk into the structure of `like`.
 
+    Args:
+        folder: the task's checkpoints.
+        like: weights of the same structure.
+        recorded: the run's records; the round's own must vouch for the weights.
+
     Raises:
-        CheckpointError: there is no round, or it cannot be read.
+        CheckpointError: there is no round, it cannot be read, or it is not what the ledger recorded.
     """
     rounds = [int(step.name) for step in folder.glob("*") if step.name.isdigit()]
     found = read_parameters(folder, max(rounds)) if rounds else None
     if found is None:
         raise CheckpointError(f"{folder}: no checkpoint; let `capsfl train` finish first")
+    record = next((r for r in recorded if r.task == folder.name and r.round == max(rounds)), None)
+    check_recorded(record, found, folder / str(max(rounds)))
     return _like(like, found)
+
+
+def check_recorded(record: RoundRecord | None, parameters: Any, place: Path) -> None:
+    """Refuses weights that the ledger does not vouch for.
+
+    Raises:
+        CheckpointError: no record of the round, or a tensor that differs; names the first one.
+    """
+    leaves = tensor_leaves(parameters)
+    expected = {} if record is None else dict(record.leaves)
+    if leaves != expected:
+        leaf = next((name for name in sorted(leaves | expected) if leaves.get(name) != expected.get(name)), "")
+        raise CheckpointError(
+            f"{place}: {leaf} is not what the ledger recorded; see `capsfl verify`, and delete this folder to go on "
+            "from the round before it"
+        )
 
 
 def _cause(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The command line: `capsfl train|ingest|phantom|predict|report|verify|epsilon|doctor`."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     # Set before jax is imported, and inherited by worker processes: a second run compiles nothing again.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "jax"))
+    # Orbax abandons its other reads when one of a damaged checkpoint fails; their echo says no more than our line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     command = COMMANDS.get(words[0])
     try:
         if command is None:
@@ -52,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(explain(error, f"capsfl {words[0]}"))
     except ValueError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        # Whoever read our output has gone; what was asked for is done or needs no more words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.errno is None:
             _fail(str(error))
@@ -286,7 +294,7 @@ def epsilon(words: list[str]) -> int:
             if values[name] is None:
                 flag = name.replace("_", "-")
                 raise ValueError(f"{name}: missing; give --{flag}, or --target-epsilon to solve for it")
-        values["cohort"] = given.cohort or given.hospitals
+        values["cohort"] = given.hospitals if given.cohort is None else given.cohort
         row = epsilon_report(**values)
     else:
         missing = [name for name in ("noise_multiplier", "rounds") if values[name] is None]
@@ -294,7 +302,11 @@ def epsilon(words: list[str]) -> int:
             raise ValueError("noise_multiplier, rounds: both missing; give one, and the other is solved for")
         unknown: Any = missing[0] if missing else "cohort"
         if unknown != "cohort":
-            values["cohort"] = given.cohort or given.hospitals
+            values["cohort"] = given.hospitals if given.cohort is None else given.cohort
+        elif given.cohort is not None:
+            raise ValueError(
+                f"cohort = {given.cohort}: given, as are noise-multiplier and rounds; leave one out to solve for it"
+            )
         del values[unknown]
         row = solve(given.target_epsilon, for_=unknown, **values)
     if given.json:

@@ -41,10 +41,10 @@ class Segmented:
 
     def planes(self, patient: Patient) -> dict[str, np.ndarray]:
         """The probability volume of every plane."""
-        if patient.name not in self._planes:
+        if patient.key not in self._planes:
             found = self.segmenter.planes(self._parameters, patient.hu, patient.body)
-            self._planes[patient.name] = {plane: p.astype(np.float16) for plane, p in found.items()}
-        return {plane: p.astype(np.float32) for plane, p in self._planes[patient.name].items()}
+            self._planes[patient.key] = {plane: p.astype(np.float16) for plane, p in found.items()}
+        return {plane: p.astype(np.float32) for plane, p in self._planes[patient.key].items()}
 
     def fused(self, patient: Patient) -> np.ndarray:
         """The fused probability volume `(z, y, x)`."""
@@ -68,15 +68,15 @@ def score_controls(split: Split, config: StudyConfig) -> Controls:
     """Scores the HU threshold (fitted to the training patients) and the dense-lung fraction."""
     threshold = untrained.fit_threshold(split.train)
     dices = {
-        p.name: metrics.dice(untrained.segment_by_threshold(p, threshold), p.truth)
+        p.key: metrics.dice(untrained.segment_by_threshold(p, threshold), p.truth)
         for p in split.test
         if p.truth is not None and p.truth.any()
     }
     labelled = [p for p in (*split.validation, *split.test) if p.label is not None]
     fractions = {}
     if config.classification is not None:
-        fractions = {p.name: untrained.dense_lung_fraction(p) for p in labelled}
-    cut = threshold_of([(p, fractions[p.name]) for p in split.validation if p.name in fractions], otherwise=0.5)
+        fractions = {p.key: untrained.dense_lung_fraction(p) for p in labelled}
+    cut = threshold_of([(p, fractions[p.key]) for p in split.validation if p.key in fractions], otherwise=0.5)
     return Controls(threshold, dices, fractions, cut)
 
 
@@ -170,7 +170,7 @@ def _classification_results(scores: Scores, controls: Controls, config: StudyCon
     values = np.array([score for _, score in scores.test])
     hospitals = np.array([p.hospital for p, _ in scores.test])
     threshold = threshold_of(scores.validation, otherwise=0.5)
-    dense = np.array([controls.dense_fraction[p.name] for p, _ in scores.test])
+    dense = np.array([controls.dense_fraction[p.key] for p, _ in scores.test])
     curve = metrics.roc_curve(values, labels)
     overall = metrics.classification_report(values, labels, threshold, hospitals, seed=config.seed)
     return {
@@ -213,7 +213,7 @@ def average_members(members: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def write_overlays(folder: Path, split: Split, scans: Segmented, results: dict[str, Any]) -> None:
     """Writes the slices the page shows: for a few test patients the one with most truth, in two planes."""
     shown = [p for p in split.test if p.truth is not None and p.truth.any()]
-    by_name = {row["patient"]: row for row in results["segmentation"]["patients"]}
+    by_key = {f"{row['hospital']}/{row['patient']}": row for row in results["segmentation"]["patients"]}
     arrays: dict[str, np.ndarray] = {}
     rows = []
     for patient in _one_per_hospital(shown)[:OVERLAY_PATIENTS]:
@@ -233,14 +233,20 @@ def write_overlays(folder: Path, split: Split, scans: Segmented, results: dict[s
                     "hospital": patient.hospital,
                     "plane": plane,
                     "index": index,
-                    "dice": by_name[patient.name]["fused"],
+                    "dice": by_key[patient.key]["fused"],
                     "truth": True,
                     "key": key,
                 }
             )
     results["overlays"] = rows
-    with (folder / "overlays.npz").open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    partial = folder / ".overlays.npz.partial"
+    try:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        partial.replace(folder / "overlays.npz")
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _one_per_hospital(patients: Sequence[Patient]) -> list[Patient]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from capsfl.audit import run_folders
+from capsfl.audit import run_places
 from capsfl.checkpoint import latest_parameters
 from capsfl.ct.dicom import read_dicom
 from capsfl.ct.export import write_nifti_mask, write_overlay_png
@@ -41,8 +41,8 @@ def predict(study: Path, scan_path: Path, *, out: Path | None, series: str | Non
         ValueError: no study, an unfinished one, or a scan that cannot be read; the message names it.
     """
     config = load_study_config(study)
-    arm, run = run_folders(study, config)[0]
-    config = config.arm(arm)
+    arm, place_of_run = run_places(study, config)[0]
+    run, config = study / place_of_run, config.arm(arm)
     assert config.segmentation is not None
     scan = read_scan(scan_path, series=series)
     volume = standardize(scan, config=config.data.volumes)
@@ -51,7 +51,9 @@ def predict(study: Path, scan_path: Path, *, out: Path | None, series: str | Non
     segmenter = Segmenter(task, config.segmentation)
     probability = np.zeros(volume.hu.shape, np.float32)
     hu = np.asarray(volume.hu[field], np.float32)
-    weights = latest_parameters(run / "checkpoints" / task.name, task.parameters)
+    with Ledger.open(run / "ledger") as ledger:
+        recorded, head = ledger.rounds(), ledger.blocks()[-1].hash().hex()
+    weights = latest_parameters(run / "checkpoints" / task.name, task.parameters, recorded)
     body = body_mask(volume.hu, volume.spacing_mm)[field]
     fused = segmenter.fused(segmenter.planes(weights, hu, body))
     probability[field] = fused
@@ -69,14 +71,15 @@ def predict(study: Path, scan_path: Path, *, out: Path | None, series: str | Non
         "threshold": config.segmentation.threshold,
         "probability": None,
         "arm": arm.name,
-        "ledger_head": Ledger.open(run / "ledger").blocks()[-1].hash().hex(),
+        "ledger_head": head,
         "notice": "not for clinical use",
     }
     if config.classification is not None:
         stage = config.classification
         classifier_task = make_classification_task(stage, seed=config.seed + 1)
         classifier = Classifier(classifier_task, stage)
-        weights = latest_parameters(run / "checkpoints" / classifier_task.name, classifier_task.parameters)
+        place = run / "checkpoints" / classifier_task.name
+        weights = latest_parameters(place, classifier_task.parameters, recorded)
         row["probability"] = classifier.score(weights, masked_slices(hu, fused, stage))
     write_json(out / "prediction.json", row)
     if (study / "report.html").exists() and out.parent == study / "predictions":

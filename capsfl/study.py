@@ -117,6 +117,12 @@ def load_study_config(path: Path) -> StudyConfig:
         ) from error
 
 
+def study_hospitals(path: Path) -> tuple[str, ...]:
+    """The hospitals that a study trains on; none before it has split its patients."""
+    record = _read_record(path / "study.json") or {}
+    return tuple(record.get("hospitals", ()))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside its final place and renames it, so that readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +193,8 @@ def _new_record(path: Path, config: StudyConfig) -> dict[str, Any]:
 
 
 def _is_begun(path: Path, record: dict[str, Any]) -> bool:
-    return any((path / str(arm)).exists() for arm in record.get("arms", ()))
+    heads = (head for arm in record.get("arms", ()) for head in (path / str(arm)).glob("**/ledger/head"))
+    return any(heads)
 
 
 def _difference(old: dict[str, Any], config: StudyConfig) -> str:

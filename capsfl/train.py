@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
@@ -23,8 +24,8 @@ import numpy as np
 from rich.console import Console
 
 from capsfl import evaluation
-from capsfl.audit import audit_run, ledger_summary
-from capsfl.checkpoint import open_checkpoints, tensor_leaves
+from capsfl.audit import audit_run, chain_of, ledger_summary
+from capsfl.checkpoint import check_recorded, open_checkpoints, tensor_leaves
 from capsfl.clock import Stopwatch
 from capsfl.config import ArmConfig, StudyConfig
 from capsfl.ct.ingest import IndexEntry, ingest, read_index
@@ -40,6 +41,7 @@ from capsfl.ledger.canonical import decimal
 from capsfl.ledger.chain import Ledger
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.records import Registration, RoundRecord, parameters_root
+from capsfl.ledger.verify import Status
 from capsfl.privacy.plan import PrivacyPlan
 from capsfl.progress import read_rounds, show_rounds
 from capsfl.report.page import build_page
@@ -68,9 +70,10 @@ def train(config: StudyConfig, *, console: Console) -> Path:
         f"[bold]{len(split.train)}[/] patients to train on, [bold]{len(split.validation)}[/] to validate, "
         f"[bold]{len(split.test)}[/] never trained on, in {len(hospitals)} hospitals"
     )
+    runs = plan_runs(config, folder.path, split)
+    check_before_training(config, split, runs)
     with folder.stage("controls"):
         controls = evaluation.score_controls(split, config)
-    runs = plan_runs(config, folder.path, split)
     rounds = {
         name: stage.rounds
         for name in ("segmentation", "classification")
@@ -78,7 +81,7 @@ def train(config: StudyConfig, *, console: Console) -> Path:
     }
     with (
         folder.stage("training"),
-        show_rounds({run.name: run.folder for run in runs}, rounds, console=console),
+        show_rounds({run.place: run.folder for run in runs}, rounds, console=console),
     ):
         train_runs(runs, folder.path / "volumes", split, controls)
     for arm in config.arms:
@@ -92,6 +95,8 @@ def train(config: StudyConfig, *, console: Console) -> Path:
 def prepare_volumes(config: StudyConfig, folder: StudyFolder, *, console: Console) -> tuple[IndexEntry, ...]:
     """Brings every scan into a standard volume on disk, generating the phantom first where there is no source."""
     source = Path(config.data.source)
+    if config.data.source and not source.exists():
+        raise ValueError(f"data.source = {source}: no such file or folder; paths start from the working directory")
     if not config.data.source:
         assert config.phantom is not None  # StudyConfig refuses to be without both
         with folder.stage("phantom"):
@@ -121,11 +126,48 @@ def plan_runs(config: StudyConfig, study: Path, split: Split) -> list["Run"]:
     hospitals = tuple(sorted({patient.hospital for patient in split.train}))
     runs = []
     for arm in config.arms:
-        if arm.partition == "local":
-            runs += [Run(study / arm.name / name, config.arm(arm), arm, (name,), member=name) for name in hospitals]
-        else:
-            runs.append(Run(study / arm.name, config.arm(arm), arm, hospitals))
+        for member in hospitals if arm.partition == "local" else (None,):
+            place = f"{arm.name}/{member}" if member else arm.name
+            holders = (member,) if member else hospitals
+            runs.append(Run(study / place, config.arm(arm), arm, holders, chain_of(config, place), member))
     return runs
+
+
+def check_before_training(config: StudyConfig, split: Split, runs: Sequence["Run"]) -> None:
+    """Refuses what could not be trained or scored, before any time goes into it.
+
+    Raises:
+        ValueError: a hospital without training records for a stage, nothing to score it on, a privacy section that
+            contradicts itself or the number of hospitals, or a budget spent before the last stage begins.
+    """
+    needs = {"segmentation": ("mask", lambda patient: patient.truth is not None)}
+    if config.classification is not None:
+        needs["classification"] = ("label", lambda patient: patient.label is not None)
+    for stage, (column, has) in needs.items():
+        for hospital in sorted({patient.hospital for patient in split.train}):
+            if not any(has(patient) for patient in split.train if patient.hospital == hospital):
+                raise ValueError(
+                    f"data.source: {hospital} has no training patient with a {column}, which {stage} needs; fill in "
+                    f"the manifest's {column} column or leave the hospital out"
+                )
+        if not any(has(patient) for patient in split.test):
+            raise ValueError(
+                f"data.source: no test patient has a {column}, so {stage} cannot be scored; fill in the manifest's "
+                f"{column} column or hold out other patients"
+            )
+    for run in runs:
+        plan = PrivacyPlan.build(run.config.privacy, num_hospitals=len(run.holders))
+        target = run.config.privacy.target_epsilon
+        if target is None:
+            continue
+        allowed, spent = plan.max_rounds(target), 0
+        for stage in needs:
+            if allowed <= spent:
+                raise ValueError(
+                    f"privacy.target_epsilon = {target}: spent after {allowed} rounds, before {stage} of {run.place} "
+                    "begins; raise it, add noise, or give the stages before fewer rounds"
+                )
+            spent += getattr(run.config, stage).rounds
 
 
 def train_runs(runs: Sequence["Run"], volumes: Path, split: Split, controls: evaluation.Controls) -> None:
@@ -142,6 +184,11 @@ def train_runs(runs: Sequence["Run"], volumes: Path, split: Split, controls: eva
         try:
             for future in as_completed(futures):
                 future.result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"jobs = {jobs}: a training process ended abruptly, perhaps for lack of memory; run the same command "
+                "again to resume, with fewer --jobs"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -178,12 +225,13 @@ class Run:
     config: StudyConfig
     arm: ArmConfig
     hospitals: tuple[str, ...]
+    chain_id: str
     member: str | None = None
 
     @property
-    def name(self) -> str:
-        """For the console."""
-        return f"{self.arm.name} {self.member}" if self.member else self.arm.name
+    def place(self) -> str:
+        """The run's folder within the study: `arm`, or `arm/hospital`."""
+        return f"{self.arm.name}/{self.member}" if self.member else self.arm.name
 
     @property
     def holders(self) -> tuple[str, ...]:
@@ -212,7 +260,7 @@ def train_run(run: Run, split: Split, controls: evaluation.Controls) -> None:
         def patches(patients: Sequence[Patient]) -> dict[str, Any]:
             return by_hospital(
                 (p for p in patients if p.truth is not None),
-                lambda p: cut_patches(p, marking, seed=evaluation.seed_of(config.seed, p.name)),
+                lambda p: cut_patches(p, marking, seed=evaluation.seed_of(config.seed, p.key)),
             )
 
         seg_state, rounds_before = run_rounds(
@@ -243,7 +291,11 @@ def train_run(run: Run, split: Split, controls: evaluation.Controls) -> None:
         plan = PrivacyPlan.build(config.privacy, num_hospitals=len(run.holders))
         results = evaluation.results(split, scans, scores, controls, config, plan.statement(rounds_before))
         evaluation.write_overlays(run.folder, split, scans, results)
-        findings = audit_run(run.folder, config)
+        findings = audit_run(run.folder, config, chain_id=run.chain_id)
+        for finding in findings:
+            if finding.status is Status.FAILED:
+                where = " ".join(str(part) for part in (finding.task, finding.round, finding.leaf) if part is not None)
+                raise ValueError(f"{run.folder}: {finding.check} {where}: {finding.detail}; see `capsfl verify`")
         write_json(run.folder / "ledger.json", ledger_summary(ledger, findings))
         write_json(run.folder / "results.json", results)
 
@@ -271,7 +323,13 @@ def run_rounds(
     """
     config = run.config
     federation = Federation(
-        task, run.arrange(records), config=stage, privacy=config.privacy, devices=config.devices, seed=config.seed
+        task,
+        run.arrange(records),
+        config=stage,
+        privacy=config.privacy,
+        devices=config.devices,
+        seed=config.seed,
+        stream=run.place,
     )
     held_out = stack_hospitals(validation) if validation else None
     total = stage.rounds
@@ -283,6 +341,8 @@ def run_rounds(
         if restored is not None:
             state = federation.place(restored.state)
             ledger.reconcile(restored.ledger)
+            record = ledger.find(task.name, int(state.round))
+            check_recorded(record, state.parameters, run.folder / "checkpoints" / task.name / str(int(state.round)))
         metrics.keep_until(task.name, int(state.round))
         for _ in range(int(state.round), total):
             watch = Stopwatch()
@@ -335,7 +395,7 @@ def open_ledger(run: Run, split: Split) -> Ledger:
         signer = open_key(keys / f"holder-{holder}.pem")
         count = sum(holder in ("pooled", patient.hospital) for patient in split.train)
         registrations.append(Registration(signer.hospital_id(), holder, signer.public_key, "lung CT", count))
-    return Ledger.create(place, signer=owner, chain_id=run.config.digest()[:32], registrations=registrations)
+    return Ledger.create(place, signer=owner, chain_id=run.chain_id, registrations=registrations)
 
 
 def open_key(path: Path) -> Signer:

@@ -14,8 +14,9 @@ DEMO = str(ROOT / "configs" / "demo.toml")
 
 @pytest.fixture(autouse=True)
 def _keep_environment(monkeypatch: pytest.MonkeyPatch):
-    # `main` sets it for its process, which is that of the tests here.
+    # `main` sets these for its process, which is that of the tests here.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

@@ -1,5 +1,6 @@
 """A task, its hospitals and the privacy plan bound into rounds that can be run, saved and run again."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,8 @@ class RoundReport:
 class Federation:
     """Runs federated rounds of one task over stacked hospitals.
 
-    Every random draw is folded from `(seed, round, hospital)`, so a round can be run again from its state alone and
+    Every random draw is folded from `(seed, stream, task, round, hospital)`, so a round can be run again from its state
+    alone and
     its outcome does not depend on chunks; on another device layout it agrees within float32 reassociation.
 
     Args:
@@ -63,7 +65,8 @@ class Federation:
         config: rounds, local and server optimizers.
         privacy: sampler, clip norm and noise.
         devices: where the cohort runs.
-        seed: seed of every draw.
+        seed: seed of every draw; whoever knows it can subtract the noise.
+        stream: name of the run, so that runs of one seed draw independently; tasks of a run do so by their names.
     """
 
     def __init__(
@@ -75,11 +78,14 @@ class Federation:
         privacy: PrivacyConfig,
         devices: DevicesConfig = DevicesConfig(),
         seed: int = 0,
+        stream: str = "",
     ) -> None:
         self.task = task
         self.hospitals = hospitals
         self.plan = PrivacyPlan.build(privacy, num_hospitals=len(hospitals))
-        self.key = jax.random.key(seed)
+        # Tasks and runs of one seed must not share noise: the accountant adds them up as independent.
+        name = hashlib.sha256(f"{stream}/{task.name}".encode()).digest()
+        self.key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(name[:4], "big"))
         self._server_optimizer = make_server_optimizer(config.server)
         self._program = CohortProgram(
             make_local_update(task, config.local),

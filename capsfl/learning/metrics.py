@@ -343,7 +343,7 @@ def _directed_percentile(source: np.ndarray, target: np.ndarray, spacing_mm: Seq
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
-    return mask & ~np.asarray(ndimage.binary_erosion(mask))
+    return mask & np.logical_not(ndimage.binary_erosion(mask))
 
 
 def _threshold_figures(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | None]:

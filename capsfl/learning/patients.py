@@ -34,6 +34,11 @@ class Patient:
     spacing_mm: tuple[float, float, float]
     split: str | None = None
 
+    @property
+    def key(self) -> str:
+        """Names the patient in the study: pseudonyms are unique within a hospital only."""
+        return f"{self.hospital}/{self.name}"
+
 
 def load_patient(entry: IndexEntry, *, field: tuple[int, int, int] | None) -> Patient:
     """Reads one ingested scan and cuts the central `field` voxels `(z, y, x)` out of it.

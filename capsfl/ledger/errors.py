@@ -53,10 +53,10 @@ class StorageError(LedgerError):
     """The file system refused (full, read-only, not a regular file); the outcome is old or new, never torn.
 
     Attributes:
-        path: The file or folder concerned.
+        path: The file or folder concerned; optional so that the error can cross processes.
     """
 
-    def __init__(self, message: str, *, path: Path) -> None:
+    def __init__(self, message: str, *, path: Path | None = None) -> None:
         super().__init__(message)
         self.path = path
 

@@ -17,6 +17,9 @@ class PrivacyError(ValueError):
         super().__init__(f"{field} = {value}: {remedy}")
         self.field, self.value, self.remedy = field, value, remedy
 
+    def __reduce__(self) -> tuple[type["PrivacyError"], tuple[str, object, str]]:
+        return PrivacyError, (self.field, self.value, self.remedy)
+
     def under(self, section: str) -> "PrivacyError":
         """Returns the same refusal with the field's name dotted under `section`."""
         return PrivacyError(f"{section}.{self.field}", self.value, self.remedy)

@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -140,7 +141,9 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
     In this process, since starting Python costs more than the refusal; test_bad_input also starts a few.
     """
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # `main` sets it for its process, which is ours here
+    # `main` sets these for its process, which is ours here.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def run(*words: str | Path) -> str:
         capsys.readouterr()

@@ -1,0 +1,58 @@
+"""Two rounds of one federation on one device, by pmap and by shard_map; prints how far the weights differ.
+
+test_devices runs this in a process with four devices: five hospitals of unlike size, so that some slots stay empty.
+"""
+
+import json
+
+import jax
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from capsfl.federated import DevicesConfig, Federation, LocalConfig, RoundsConfig, stack_hospitals
+from capsfl.learning.segmentation import SegmentationConfig, make_segmentation_task
+from capsfl.models.segcaps import SegCapsConfig
+from capsfl.privacy.plan import PrivacyConfig
+
+
+def weights_by(layout: str, chunk: int | None) -> np.ndarray:
+    """All weights after two rounds, as one vector."""
+    config = SegmentationConfig(model=SegCapsConfig(width=0.13, num_iters=1), crop=16)
+    generator = np.random.default_rng(0)
+    records = {
+        f"hospital-{number}": {
+            "image": generator.normal(size=(number + 1, 16, 16, 1)).astype(np.float32) / 4,
+            "truth": (generator.random((number + 1, 16, 16)) < 0.3).astype(np.float32),
+        }
+        for number in range(5)
+    }
+    federation = Federation(
+        make_segmentation_task(config, seed=0),
+        stack_hospitals(records),
+        config=RoundsConfig(rounds=2, local=LocalConfig(optimizer="sgd", learning_rate=0.05, batch_size=2)),
+        privacy=PrivacyConfig(clip_norm=0.5, noise_multiplier=0.1),
+        devices=DevicesConfig.model_validate({"parallel": layout, "chunk": chunk}),
+        seed=4,
+    )
+    state = federation.init()
+    for _ in range(2):
+        state, report = federation.step(state)
+        assert len(report.cohort) == 5
+        assert not report.not_finite
+    assert int(state.round) == 2
+    return np.asarray(ravel_pytree(jax.device_get(state.parameters))[0])
+
+
+if __name__ == "__main__":
+    single = weights_by("single", None)
+    others = {f"{layout} {chunk}": weights_by(layout, chunk) for layout, chunk in (("pmap", None), ("shard_map", 2))}
+    print(
+        json.dumps(
+            {
+                "devices": jax.device_count(),
+                "weights": int(single.size),
+                "moved": float(np.max(np.abs(single))),
+                "difference": {name: float(np.max(np.abs(other - single))) for name, other in others.items()},
+            }
+        )
+    )
