@@ -34,9 +34,7 @@ def chain_of(config: StudyConfig, place: str) -> str:
     return hashlib.sha256(f"{config.digest()}/{place}".encode()).hexdigest()[:32]
 
 
-def audit_run(
-    folder: Path, config: StudyConfig, *, chain_id: str, witness_head: bytes | None = None
-) -> list[Finding]:
+def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head: bytes | None = None) -> list[Finding]:
     """Checks a run's whole ledger against its checkpoints, its accountant and its configuration.
 
     Args:

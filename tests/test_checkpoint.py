@@ -22,7 +22,7 @@ from capsfl.checkpoint import (
     tensor_leaves,
 )
 from capsfl.federated.round import RoundState
-from capsfl.ledger.records import tensor_leaf
+from capsfl.ledger.records import RoundRecord, parameters_root, tensor_leaf
 
 OPTIMIZER = optax.adam(0.1)
 KEY = jax.random.key(5)
@@ -87,8 +87,38 @@ def test_weights_are_read_without_the_model(saved: Path):
     assert arrays is not None
     assert {name: array.shape for name, array in arrays.items()} == {"bias": (2,), "kernel": (3, 2)}
     assert tensor_leaves(arrays) == tensor_leaves(state_after(2).parameters)
-    assert same(latest_parameters(saved, state_after(0).parameters), state_after(3).parameters)
     assert read_parameters(saved, 4) is None
+
+
+def record_of(number: int, parameters: object) -> RoundRecord:
+    """What the ledger keeps of a round."""
+    leaves = tensor_leaves(parameters)
+    return RoundRecord(
+        round=number,
+        task="segmentation",
+        parameters_digest=parameters_root(leaves),
+        leaves=tuple(sorted(leaves.items())),
+        cohort=(),
+        sampler="all",
+        clip_norm="1.0",
+        noise_multiplier=None,
+        expected_cohort="1.0",
+        epsilon=None,
+        delta=None,
+        configuration_hash="0c" * 32,
+        code_version="0.1.0",
+    )
+
+
+def test_the_last_weights_are_used_only_when_the_ledger_vouches_for_them(saved: Path):
+    like = state_after(0).parameters
+    records = [record_of(step, state_after(step).parameters) for step in (1, 2, 3)]
+    assert same(latest_parameters(saved, like, records), state_after(3).parameters)
+    with pytest.raises(CheckpointError, match="3: bias is not what the ledger recorded"):
+        latest_parameters(saved, like, records[:2])
+    other = jax.tree.map(lambda leaf: leaf.at[..., 0].add(leaf.ndim - 1.0), state_after(3).parameters)
+    with pytest.raises(CheckpointError, match="3: kernel is not what the ledger recorded"):
+        latest_parameters(saved, like, [*records[:2], record_of(3, other)])
 
 
 def test_a_digest_is_over_path_type_shape_and_little_endian_bytes():
@@ -120,7 +150,7 @@ def test_a_fresh_folder_has_nothing_to_restore(tmp_path: Path):
         assert checkpoints.rounds() == []
         assert checkpoints.restore(state_after(0), key=KEY) is None
     with pytest.raises(CheckpointError, match="no checkpoint; let `capsfl train` finish first"):
-        latest_parameters(tmp_path / "c", state_after(0).parameters)
+        latest_parameters(tmp_path / "c", state_after(0).parameters, [])
 
 
 def test_an_interrupted_save_is_never_the_latest(saved: Path, tmp_path: Path):
@@ -177,7 +207,7 @@ def test_whatever_file_of_a_round_is_damaged_the_reader_tells_or_the_weights_are
 
 def test_a_damaged_round_names_itself_and_how_to_go_on(saved: Path, tmp_path: Path):
     folder = Path(shutil.copytree(saved, tmp_path / "c"))
-    (folder / "3" / "state" / "_METADATA").unlink()
+    shutil.rmtree(folder / "3" / "state")
     with open_checkpoints(folder) as checkpoints, pytest.raises(CheckpointError) as error:
         checkpoints.restore(state_after(0), key=KEY)
     assert str(error.value).startswith(f"{folder / '3'}: checkpoint unreadable: ")

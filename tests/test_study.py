@@ -35,6 +35,12 @@ def patient(number: int, hospital: str, label: int | None, split: str | None = N
     )
 
 
+def begin(folder: Path) -> None:
+    """Leaves what a training leaves first: its ledger's head."""
+    (folder / "federated" / "ledger").mkdir(parents=True)
+    (folder / "federated" / "ledger" / "head").touch()
+
+
 def test_a_folder_is_founded_once_and_then_resumed(tmp_path: Path):
     config = study(tmp_path / "run")
     with StudyFolder.open(config).stage("ingest"):
@@ -61,7 +67,7 @@ def test_a_folder_with_a_training_in_it_belongs_to_its_configuration(tmp_path: P
     StudyFolder.open(study(tmp_path))
     StudyFolder.open(study(tmp_path, seed=1))  # nothing was trained yet
     assert load_study_config(tmp_path).seed == 1
-    (tmp_path / "federated").mkdir()
+    begin(tmp_path)
     with pytest.raises(StudyFolderError, match=r"made by another configuration \(seed was 1, is 2\); choose another"):
         StudyFolder.open(study(tmp_path, seed=2))
     StudyFolder.open(study(tmp_path, seed=1))
@@ -71,7 +77,7 @@ def test_a_folder_with_a_training_in_it_belongs_to_its_configuration(tmp_path: P
 def test_a_difference_deep_inside_is_named_with_both_values(tmp_path: Path):
     config = study(tmp_path)
     StudyFolder.open(config)
-    (tmp_path / "federated").mkdir()
+    begin(tmp_path)
     assert config.segmentation is not None
     deeper = config.segmentation.model.model_copy(update={"width": 0.5})
     other = config.model_copy(update={"segmentation": config.segmentation.model_copy(update={"model": deeper})})
@@ -82,7 +88,7 @@ def test_a_difference_deep_inside_is_named_with_both_values(tmp_path: Path):
 def test_another_place_and_another_layout_are_no_other_configuration(tmp_path: Path):
     config = study(tmp_path / "here")
     StudyFolder.open(config)
-    (tmp_path / "here" / "federated").mkdir()
+    begin(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
     layout = config.devices.model_copy(update={"parallel": "shard_map"})
     StudyFolder.open(study(tmp_path / "there", devices=layout))

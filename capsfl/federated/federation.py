@@ -55,9 +55,9 @@ class RoundReport:
 class Federation:
     """Runs federated rounds of one task over stacked hospitals.
 
-    Every random draw is folded from `(seed, stream, task, round, hospital)`, so a round can be run again from its state
-    alone and
-    its outcome does not depend on chunks; on another device layout it agrees within float32 reassociation.
+    Every random draw is folded from `(seed, stream, task, round, hospital)`, so a round can be run again from its
+    state alone and its outcome does not depend on chunks; on another device layout it agrees within float32
+    reassociation.
 
     Args:
         task: what is trained.

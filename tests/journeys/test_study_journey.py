@@ -78,7 +78,7 @@ def test_an_untouched_study_verifies_and_says_so_in_json(study, capsfl):
     statuses = {(row["check"], row["status"]) for row in answer["runs"]["federated"]}
     assert statuses == {
         ("structure", "OK"), ("witness", "UNVERIFIABLE"), ("tensors", "OK"), ("epsilon", "OK"),
-        ("configuration", "OK"), ("coverage", "OK"),
+        ("configuration", "OK"), ("coverage", "OK"), ("identity", "OK"),
     }  # fmt: skip
 
 

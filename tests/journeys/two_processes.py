@@ -11,12 +11,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from capsfl.federated.aggregation import ServerConfig, make_server_optimizer
 from capsfl.federated.local import LocalConfig, make_local_update
 from capsfl.federated.round import CohortRecords, Mechanism, RoundState, make_round
-from capsfl.learning.tasks import Task
+from capsfl.learning.tasks import make_task
 from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan
 
 AXIS = "hospitals"
@@ -30,19 +31,18 @@ def main(port: int, index: int) -> None:
     assert jax.device_count() == 4
     assert jax.local_device_count() == 2
 
-    def loss(weights: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-        return jnp.mean((batch["x"] @ weights - batch["y"]) ** 2)
-
-    task = Task("line", jnp.zeros(3), lambda weights: weights, loss, lambda *_: {})
+    line = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
+    task = make_task("line", line, lambda model, batch: jnp.mean((model(batch["x"]) - batch["y"]) ** 2))
     server = make_server_optimizer(ServerConfig())
     plan = PrivacyPlan.build(PrivacyConfig(clip_norm=0.5, noise_multiplier=0.3), num_hospitals=HOSPITALS)
     update = make_local_update(task, LocalConfig(optimizer="sgd", learning_rate=0.1, batch_size=2))
 
     generator = np.random.default_rng(0)
     x = generator.normal(size=(HOSPITALS, 4, 3)).astype(np.float32)
-    records = {"x": x, "y": x @ np.float32([1, -2, 3])}
+    records = {"x": x, "y": x @ np.float32([[1], [-2], [3]])}
     cohort = CohortRecords(records, np.arange(HOSPITALS, dtype=np.int32) % 4 + 1, np.arange(HOSPITALS, dtype=np.int32))
-    state = RoundState(np.zeros(3, np.float32), server.init(jnp.zeros(3)), np.int32(0))
+    weights = jax.device_get(task.parameters)
+    state = RoundState(weights, server.init(weights), np.int32(0))
     mechanism, key = Mechanism(np.float32(0.5), np.float32(0.3)), jax.random.key_data(jax.random.key(7))
 
     mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
@@ -68,9 +68,14 @@ def main(port: int, index: int) -> None:
     alone, _ = jax.jit(make_round(update, server, plan, chunk=2))(
         state, cohort, mechanism, jax.random.wrap_key_data(key)
     )
+    (found,), (expected,) = jax.tree.leaves(together), jax.tree.leaves(alone.parameters)
     print(
         json.dumps(
-            {"together": np.asarray(together.addressable_data(0)).tolist(), "alone": np.asarray(alone.parameters).tolist()}
+            {
+                "before": np.ravel(jax.tree.leaves(weights)[0]).tolist(),
+                "together": np.ravel(found.addressable_data(0)).tolist(),
+                "alone": np.ravel(expected).tolist(),
+            }
         )
     )
     jax.distributed.shutdown()
