@@ -1,6 +1,7 @@
 """Orbax checkpoints of a task's rounds: weights, server optimizer, accountant and ledger in one atomic step."""
 
 import errno
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,8 +74,9 @@ class Checkpoints:
             ledger=ocp.args.StandardSave({"log": np.frombuffer(ledger, np.uint8)}),
         )
         try:
-            self._manager.save(step, args=items)
-            self._manager.wait_until_finished()
+            with _quiet_orbax():
+                self._manager.save(step, args=items)
+                self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.folder / str(step)}: checkpoint not written: {_cause(error)}; "
@@ -95,15 +97,16 @@ class Checkpoints:
         if step is None:
             return None
         try:
-            items: Any = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_plain(like)),
-                    random=ocp.args.StandardRestore(),
-                    accountant=ocp.args.JsonRestore(),
-                    ledger=ocp.args.StandardRestore(),
-                ),
-            )
+            with _quiet_orbax():
+                items: Any = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(_plain(like)),
+                        random=ocp.args.StandardRestore(),
+                        accountant=ocp.args.JsonRestore(),
+                        ledger=ocp.args.StandardRestore(),
+                    ),
+                )
         except Exception as error:  # whatever Orbax trips over in a damaged file, an AttributeError too
             raise CheckpointError(
                 f"{self.folder / str(step)}: checkpoint unreadable: {_cause(error)}; delete this folder to "
@@ -156,7 +159,7 @@ def read_parameters(folder: Path, round_number: int) -> dict[str, np.ndarray] | 
     if not step.is_dir():
         return None
     try:
-        with ocp.StandardCheckpointer() as reader:
+        with _quiet_orbax(), ocp.StandardCheckpointer() as reader:
             tree = reader.restore(step / "state")
     except Exception as error:  # whatever Orbax trips over in a damaged file, an AttributeError too
         raise CheckpointError(f"{step}: checkpoint unreadable: {_cause(error)}") from error
@@ -198,6 +201,18 @@ def check_recorded(record: RoundRecord | None, parameters: Any, place: Path) -> 
             f"{place}: {leaf} is not what the ledger recorded; see `capsfl verify`, and delete this folder to go on "
             "from the round before it"
         )
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps the tracebacks that Orbax's threads log off the console; the error we raise says it in one line."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _cause(error: Exception) -> str:

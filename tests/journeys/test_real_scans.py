@@ -67,7 +67,7 @@ def test_the_mask_of_a_real_compressed_series_has_that_series_own_geometry(
 ):
     series = shared_data / "ricord1a-covid-ct-jpegll"
     capsfl("predict", lung_study, series, "--out", tmp_path)
-    image = nibabel.load(tmp_path / "mask.nii.gz")
+    image = nibabel.Nifti1Image.from_filename(tmp_path / "mask.nii.gz")
     assert image.shape == (512, 512, 62)
     np.testing.assert_allclose(image.header.get_zooms(), (0.703125, 0.703125, 5.0), atol=1e-3)
     row = json.loads((tmp_path / "prediction.json").read_text())
@@ -76,5 +76,4 @@ def test_the_mask_of_a_real_compressed_series_has_that_series_own_geometry(
     mask = np.asarray(image.dataobj).transpose(2, 1, 0) > 0
     lungs = scan.source.to_series(lung_mask(scan.hu, scan.spacing_mm))
     # COVID has thickened much of these lungs, and a threshold finds air only.
-    assert dice(mask, lungs) > 0.6
-    print("RICORD", dice(mask, lungs), row)
+    assert dice(mask, lungs) > 0.7  # 0.89 when this was written

@@ -39,11 +39,12 @@ def main(port: int, index: int) -> None:
 
     generator = np.random.default_rng(0)
     x = generator.normal(size=(HOSPITALS, 4, 3)).astype(np.float32)
-    records = {"x": x, "y": x @ np.float32([[1], [-2], [3]])}
-    cohort = CohortRecords(records, np.arange(HOSPITALS, dtype=np.int32) % 4 + 1, np.arange(HOSPITALS, dtype=np.int32))
+    records = {"x": x, "y": x @ np.array([[1], [-2], [3]], np.float32)}
+    numbers = jnp.arange(HOSPITALS)
+    cohort = CohortRecords(records, numbers % 4 + 1, numbers)
     weights = jax.device_get(task.parameters)
-    state = RoundState(weights, server.init(weights), np.int32(0))
-    mechanism, key = Mechanism(np.float32(0.5), np.float32(0.3)), jax.random.key_data(jax.random.key(7))
+    state = RoundState(weights, server.init(weights), jnp.int32(0))
+    mechanism, key = Mechanism(jnp.float32(0.5), jnp.float32(0.3)), jax.random.key_data(jax.random.key(7))
 
     mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
     body = make_round(update, server, plan, chunk=2, axis_name=AXIS)
