@@ -205,14 +205,15 @@ def check_recorded(record: RoundRecord | None, parameters: Any, place: Path) -> 
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Keeps the tracebacks that Orbax's threads log off the console; the error we raise says it in one line."""
+    """Keeps the tracebacks that Orbax's threads log off the console; the error we raise says it in one line.
+
+    After a failure its log stays quiet, for threads that Orbax has abandoned report late.
+    """
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
+    yield
+    log.setLevel(level)
 
 
 def _cause(error: Exception) -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     # Set before jax is imported, and inherited by worker processes: a second run compiles nothing again.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "jax"))
-    # Orbax abandons its other reads when one of a damaged checkpoint fails; their echo says no more than our line.
+    # Orbax abandons its other threads and reads when one fails; their echo says no more than our line.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
+    threading.excepthook = lambda _: None
     command = COMMANDS.get(words[0])
     try:
         if command is None:
@@ -94,10 +96,12 @@ def train(words: list[str]) -> int:
         default=load_config(path),
         config=TYRO,
     )
+    from capsfl.study import disk_errors
     from capsfl.train import train as run_study
 
     console = Console()
-    page = run_study(config, console=console)
+    with disk_errors(Path(config.out)):
+        page = run_study(config, console=console)
     console.print(f"page: {page}", soft_wrap=True, highlight=False)
     return 0
 
@@ -180,9 +184,11 @@ def predict(words: list[str]) -> int:
     """Applies a study to a scan."""
     given = parse(PredictCommand, words, prog="capsfl predict")
     from capsfl.predict import predict as predict_scan
+    from capsfl.study import disk_errors
 
     console = Console()
-    place = predict_scan(given.run, given.scan, out=given.out, series=given.series, console=console)
+    with disk_errors(given.out or given.run):
+        place = predict_scan(given.run, given.scan, out=given.out, series=given.series, console=console)
     console.print(f"written: {place}", soft_wrap=True, highlight=False)
     return 0
 
@@ -201,10 +207,13 @@ def report(words: list[str]) -> int:
     """Writes the page again."""
     given = parse(ReportCommand, words, prog="capsfl report")
     from capsfl.report import build_page, summary_picture
+    from capsfl.study import disk_errors
 
-    print(f"page: {build_page(given.run)}")
+    with disk_errors(given.run):
+        print(f"page: {build_page(given.run)}")
     if given.picture is not None:
-        summary_picture(given.run, given.picture)
+        with disk_errors(given.picture):
+            summary_picture(given.run, given.picture)
         print(f"picture: {given.picture}")
     return 0
 

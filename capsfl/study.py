@@ -123,6 +123,23 @@ def study_hospitals(path: Path) -> tuple[str, ...]:
     return tuple(record.get("hospitals", ()))
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Names the folder in an error of the disk that names no file, such as a write that ran out of space.
+
+    Raises:
+        StudyFolderError: instead of such an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise StudyFolderError(
+            f"{path}: {error.strerror}; free space or choose another folder, then run the same command again"
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside its final place and renames it, so that readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from capsfl.config import DataConfig, StudyConfig
 from capsfl.learning.patients import Patient
-from capsfl.study import StudyFolder, StudyFolderError, load_study_config, split_patients, write_json
+from capsfl.study import StudyFolder, StudyFolderError, disk_errors, load_study_config, split_patients, write_json
 
 
 def study(out: Path, **changes: object) -> StudyConfig:
@@ -132,6 +132,18 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         write_json(file, {"a": 2})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_error_of_the_disk_without_a_name_gets_the_folders(tmp_path: Path):
+    with (
+        pytest.raises(StudyFolderError, match=f"{tmp_path}: No space left on device; free space"),
+        disk_errors(tmp_path),
+    ):
+        raise OSError(28, os.strerror(28))
+    named = OSError(28, os.strerror(28), "volume")
+    with pytest.raises(OSError, match="volume") as error, disk_errors(tmp_path):
+        raise named
+    assert error.value is named
 
 
 @given(

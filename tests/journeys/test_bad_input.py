@@ -164,7 +164,8 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
     for size, stopped_at in (
         (volumes // 3, "run/volumes"),
         (volumes + training // 3, "run/federated/checkpoints/segmentation"),
-        (volumes + 2 * training // 3, "run/federated/checkpoints/"),
+        (volumes + 2 * training // 3, "run"),
+        (volumes + 9 * training // 10, "run"),
     ):
         subprocess.run(["mount", "-o", f"remount,size={size}", str(mounted)], check=True)
         line = capsfl("train", config, "--out", out, expect=2).err

@@ -63,7 +63,9 @@ def test_a_prediction_lies_on_the_series_own_grid(study, phantom: Path, tmp_path
     for name in ("mask", "probability"):
         image = nibabel.Nifti1Image.from_filename(tmp_path / f"{name}.nii.gz")
         assert image.shape == scan.source.shape[::-1]
-        np.testing.assert_allclose(image.affine, RAS_TO_LPS @ np.array(scan.source.affine) @ REVERSE, atol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(image.affine), RAS_TO_LPS @ np.array(scan.source.affine) @ REVERSE, atol=1e-4
+        )
     mask = np.asarray(nibabel.Nifti1Image.from_filename(tmp_path / "mask.nii.gz").dataobj)
     probability = np.asarray(nibabel.Nifti1Image.from_filename(tmp_path / "probability.nii.gz").dataobj)
     assert set(np.unique(mask)) <= {0, 1}
