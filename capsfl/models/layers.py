@@ -4,7 +4,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
-from capsfl_kernels import conv_capsules, dynamic_routing, squash
+from capsfl_kernels import conv_capsules, dynamic_routing, em_capsules, self_attention_routing, squash
 from flax import nnx
 from jax import Array, lax
 
@@ -16,6 +16,9 @@ _TRUNCATED_DEVIATION = 0.87962566103423978
 
 # The digit layer's weights start at this deviation in the code that accompanies Sabour et al. 2017.
 _DENSE_DEVIATION = 0.1
+
+# Convolutional matrix capsules start at this deviation in the code that accompanies Hinton et al. 2018.
+_MATRIX_DEVIATION = 0.3
 
 # The capsule bias of LaLonde & Bagci 2018; it keeps an empty image away from the zero vector.
 _CAPSULE_BIAS = 0.1
@@ -160,6 +163,77 @@ class DenseCapsules(nnx.Module):
     def __call__(self, capsules: Array) -> Array:
         """Route `(batch, in_capsules, in_dim)` to `(batch, out_capsules, out_dim)`."""
         return dynamic_routing(capsules, self.weights[...], num_iters=self.num_iters)
+
+
+class SelfAttentionCapsules(nnx.Module):
+    """Every input capsule votes for every output capsule, routed once (Mazzia et al. 2021).
+
+    Starts as in the authors' code: he-normal weights with the fan-in of all input capsules times all outputs,
+    a log prior of zero.
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        drawn = he_normal(rngs.params(), (out_capsules, in_capsules, in_dim, out_dim))
+        self.weights = nnx.Param(drawn.transpose(1, 0, 3, 2))
+        self.bias = nnx.Param(jnp.zeros((in_capsules, out_capsules), jnp.float32))
+
+    def __call__(self, capsules: Array) -> Array:
+        """Route `(batch, in_capsules, in_dim)` to `(batch, out_capsules, out_dim)`."""
+        return self_attention_routing(capsules, self.weights[...], self.bias[...])
+
+
+class EMCapsules(nnx.Module):
+    """Every matrix capsule votes for every output capsule, routed by EM (Hinton, Sabour & Frosst 2018).
+
+    Poses are matrices `(rows, inner)` and votes their products with `(inner, columns)`; 4 x 4 in the paper.
+    The weights start normal, as those of the convolutional capsules in the authors' code, both costs at zero.
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        out_capsules: int,
+        *,
+        inner: int = 4,
+        columns: int = 4,
+        num_iters: int = 3,
+        final_lambda: float = 0.01,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = (in_capsules, out_capsules, inner, columns)
+        self.weights = nnx.Param(_MATRIX_DEVIATION * jax.random.normal(rngs.params(), shape))
+        self.activation_benefit = nnx.Param(jnp.zeros(out_capsules, jnp.float32))
+        self.description_cost = nnx.Param(jnp.zeros(out_capsules, jnp.float32))
+        self.num_iters = num_iters
+        self.final_lambda = final_lambda
+
+    def __call__(self, poses: Array, activations: Array) -> tuple[Array, Array]:
+        """Route poses and activations.
+
+        Args:
+            poses: `(batch, in_capsules, rows, inner)`.
+            activations: `(batch, in_capsules)` in [0, 1].
+
+        Returns:
+            Poses `(batch, out_capsules, rows, columns)` and activations `(batch, out_capsules)` in [0, 1].
+        """
+        return em_capsules(
+            poses,
+            activations,
+            self.weights[...],
+            self.activation_benefit[...],
+            self.description_cost[...],
+            num_iters=self.num_iters,
+            final_lambda=self.final_lambda,
+        )
 
 
 class ConvCapsules(nnx.Module):

@@ -2,7 +2,17 @@
 
 from capsfl_kernels.convolutional.api import conv_capsules
 from capsfl_kernels.dynamic.api import dynamic_routing
+from capsfl_kernels.em.api import em_capsules, em_routing
+from capsfl_kernels.self_attention.api import self_attention_routing
 from capsfl_kernels.squash import squash
 from capsfl_kernels.votes.api import route_votes
 
-__all__ = ["conv_capsules", "dynamic_routing", "route_votes", "squash"]
+__all__ = [
+    "conv_capsules",
+    "dynamic_routing",
+    "em_capsules",
+    "em_routing",
+    "route_votes",
+    "self_attention_routing",
+    "squash",
+]

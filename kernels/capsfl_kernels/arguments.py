@@ -1,15 +1,12 @@
 """What every operator checks and decides about its arguments before it computes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 Gradient = Literal["full", "last"]
-Implementation = Literal["reference", "streamed"]
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "streamed")
 
 
 def accumulation_dtype(dtype: Any) -> Any:
@@ -20,20 +17,35 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 
 def choose_implementation(
-    operator: str, implementation: str | Sequence[str] | None, default: Implementation
-) -> Implementation:
-    """Returns the implementation to run: the default for None, else the (first) named one."""
+    operator: str, implementation: str | Sequence[str] | None, obstacles: Mapping[str, str | None]
+) -> str:
+    """Returns the implementation to run.
+
+    Args:
+        operator: Its name, for messages.
+        implementation: A name; a sequence of names, of which the first that can run is taken; or None for
+            the first of all that can.
+        obstacles: Every implementation of the operator, best first, with what keeps it from running on these
+            shapes, this dtype and this device, or None where nothing does.
+
+    Raises:
+        ValueError: a name is unknown, or none of those named can run; the message says why.
+    """
+    known = ", ".join(obstacles)
     if implementation is None:
-        return default
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"{operator}: implementation={name!r} is unknown; choose from {', '.join(IMPLEMENTATIONS)}"
-            )
+        names = tuple(obstacles)
+    else:
+        names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names:
-        raise ValueError(f"{operator}: implementation=() names none; choose from {', '.join(IMPLEMENTATIONS)}")
-    return "reference" if names[0] == "reference" else "streamed"
+        raise ValueError(f"{operator}: implementation=() names none; choose from {known}")
+    for name in names:
+        if name not in obstacles:
+            raise ValueError(f"{operator}: implementation={name!r} is unknown; choose from {known}")
+    for name in names:
+        if obstacles[name] is None:
+            return name
+    reasons = "; ".join(f"{name!r} {obstacles[name]}" for name in names)
+    raise ValueError(f"{operator}: no implementation asked for can run: {reasons}")
 
 
 def working_set(*, cpu: int, accelerator: int) -> int:

@@ -3,7 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from capsfl_kernels import conv_capsules, dynamic_routing, route_votes
+from capsfl_kernels import (
+    conv_capsules,
+    dynamic_routing,
+    em_capsules,
+    em_routing,
+    route_votes,
+    self_attention_routing,
+)
 from jax.sharding import AxisType, PartitionSpec
 
 DEVICES = 4
@@ -54,6 +61,20 @@ def _close(got, expected) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), got, expected)
 
 
+def _em_routing(votes, beta_a, beta_u, *, implementation):
+    """EM routing whose activations are read off the votes, poses and activations in one array."""
+    activations = jax.nn.sigmoid(votes[..., 0, 0])
+    poses, active = em_routing(votes, activations, beta_a, beta_u, implementation=implementation)
+    return jnp.concatenate([poses, active[..., None]], axis=-1)
+
+
+def _em_capsules(inputs, weights, beta_a, beta_u, *, implementation):
+    """EM capsules whose activations are read off the poses, poses and activations in one array."""
+    activations = jax.nn.sigmoid(inputs[..., 0, 0])
+    poses, active = em_capsules(inputs, activations, weights, beta_a, beta_u, implementation=implementation)
+    return jnp.concatenate([poses.reshape(*active.shape, -1), active[..., None]], axis=-1)
+
+
 if __name__ == "__main__":
     assert jax.device_count() == DEVICES
     check(dynamic_routing, (4, 5, 3), (5, 4, 6, 3), (4, 6))
@@ -62,3 +83,9 @@ if __name__ == "__main__":
     print("route_votes")
     check(conv_capsules, (4, 3, 6, 5, 2), (3, 3, 2, 2, 3), (2, 3))
     print("conv_capsules")
+    check(self_attention_routing, (4, 5, 3), (5, 4, 6, 3), (5, 4))
+    print("self_attention_routing")
+    check(_em_routing, (8, 4, 3, 5), (3,), (3,))
+    print("em_routing")
+    check(_em_capsules, (4, 5, 2, 3), (5, 3, 3, 2), (3,), (3,))
+    print("em_capsules")

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from capsfl_kernels import conv_capsules, dynamic_routing, route_votes
+from capsfl_kernels import (
+    conv_capsules,
+    dynamic_routing,
+    em_capsules,
+    em_routing,
+    route_votes,
+    self_attention_routing,
+)
 
 HOSPITALS = 3
 
@@ -19,10 +26,27 @@ def _stack(*shapes):
     return tuple(jax.random.normal(k, (HOSPITALS, *s)) for k, s in zip(keys, shapes, strict=True))
 
 
+def _em_routing(votes, beta_a, beta_u, *, implementation):
+    """EM routing whose activations are read off the votes, poses and activations in one array."""
+    activations = jax.nn.sigmoid(votes[..., 0, 0])
+    poses, active = em_routing(votes, activations, beta_a, beta_u, implementation=implementation)
+    return jnp.concatenate([poses, active[..., None]], axis=-1)
+
+
+def _em_capsules(inputs, weights, beta_a, beta_u, *, implementation):
+    """EM capsules whose activations are read off the poses, poses and activations in one array."""
+    activations = jax.nn.sigmoid(inputs[..., 0, 0])
+    poses, active = em_capsules(inputs, activations, weights, beta_a, beta_u, implementation=implementation)
+    return jnp.concatenate([poses.reshape(*active.shape, -1), active[..., None]], axis=-1)
+
+
 OPERATORS = {
     "dynamic_routing": (dynamic_routing, _stack((2, 5, 3), (5, 4, 6, 3), (4, 6))),
     "route_votes": (route_votes, _stack((7, 4, 3, 5), (3, 5))),
     "conv_capsules": (conv_capsules, _stack((2, 3, 6, 5, 2), (3, 3, 2, 2, 3), (2, 3))),
+    "self_attention_routing": (self_attention_routing, _stack((2, 5, 3), (5, 4, 6, 3), (5, 4))),
+    "em_routing": (_em_routing, _stack((7, 4, 3, 5), (3,), (3,))),
+    "em_capsules": (_em_capsules, _stack((2, 5, 2, 3), (5, 3, 3, 2), (3,), (3,))),
 }
 
 
@@ -83,4 +107,4 @@ def test_pmap_and_shard_map_over_four_devices():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["dynamic_routing", "route_votes", "conv_capsules"]
+    assert done.stdout.split() == list(OPERATORS)

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from capsfl.models.layers import Conv, ConvCapsules, DenseCapsules, PrimaryCapsules, capsule_lengths, convolve
+from capsfl.models.layers import (
+    Conv,
+    ConvCapsules,
+    DenseCapsules,
+    EMCapsules,
+    PrimaryCapsules,
+    SelfAttentionCapsules,
+    capsule_lengths,
+    convolve,
+)
 
 
 def _convolved(images, kernel, strides, padding):
@@ -89,6 +98,40 @@ def test_dense_capsules_follow_procedure_1_of_the_paper():
             output = squares / (1 + squares) * total / np.sqrt(squares)
             logits += np.einsum("imk,mk->im", votes, output)
         np.testing.assert_allclose(found, output, rtol=1e-4, atol=1e-6)
+
+
+def test_self_attention_capsules_follow_the_authors_code():
+    layer = SelfAttentionCapsules(6, 3, 4, 5, rngs=nnx.Rngs(0))
+    layer.bias[...] = 0.1 * jax.random.normal(jax.random.key(2), (6, 4))
+    inputs = jax.random.normal(jax.random.key(1), (2, 6, 3))
+    weights, bias = np.asarray(layer.weights[...], np.float64), np.asarray(layer.bias[...], np.float64)
+    for example, found in zip(np.asarray(inputs, np.float64), np.asarray(layer(inputs)), strict=True):
+        votes = np.einsum("imkd,id->imk", weights, example)
+        agreement = np.einsum("imk,jmk->im", votes, votes) / np.sqrt(5)
+        coupling = np.exp(agreement) / np.exp(agreement).sum(axis=1, keepdims=True) + bias
+        total = np.einsum("im,imk->mk", coupling, votes)
+        lengths = np.linalg.norm(total, axis=-1, keepdims=True)
+        np.testing.assert_allclose(found, (1 - np.exp(-lengths)) * total / lengths, rtol=1e-4, atol=1e-6)
+
+
+def test_self_attention_capsules_start_he_normal_over_all_inputs_and_outputs_without_a_prior():
+    layer = SelfAttentionCapsules(16, 8, 10, 16, rngs=nnx.Rngs(0))
+    assert layer.weights[...].shape == (16, 10, 16, 8)
+    np.testing.assert_allclose(np.std(layer.weights[...]), np.sqrt(2 / (10 * 16 * 8)), rtol=0.02)
+    np.testing.assert_array_equal(layer.bias[...], np.zeros((16, 10), np.float32))
+
+
+def test_em_capsules_find_the_pose_that_most_votes_share():
+    layer = EMCapsules(8, 2, num_iters=5, rngs=nnx.Rngs(0))
+    pose = jax.random.normal(jax.random.key(1), (4, 4))
+    weights = layer.weights[...]
+    # Seven inputs agree on output 0, whatever their own pose; nobody agrees on output 1.
+    layer.weights[...] = weights.at[:7, 0].set(jnp.eye(4)).at[7, 0].set(-2 * jnp.eye(4))
+    poses, activations = layer(jnp.broadcast_to(pose, (3, 8, 4, 4)), jnp.ones((3, 8)))
+    assert poses.shape == (3, 2, 4, 4)
+    np.testing.assert_allclose(poses[0, 0], pose, atol=1e-3)
+    assert (activations[:, 0] > activations[:, 1]).all()
+    assert 0 <= float(activations.min()) <= float(activations.max()) <= 1
 
 
 @pytest.mark.parametrize(("transpose", "size"), [(False, 4), (True, 16)])

@@ -84,7 +84,7 @@ def conv_capsules(
         )
     check_bias("conv_capsules", bias, capsules, dim, f"kernel {kernel.shape}")
     geometry = plan((height, width), window, strides, transpose, padding)
-    chosen = choose_implementation("conv_capsules", implementation, "streamed")
+    chosen = choose_implementation("conv_capsules", implementation, {"streamed": None, "reference": None})
     narrow = jnp.promote_types(inputs.dtype, kernel.dtype)
     dtype = accumulation_dtype(narrow)
     images = inputs.reshape(-1, types, height, width, depth).astype(narrow)

@@ -70,7 +70,8 @@ def dynamic_routing(
     # Votes that fit the caches are cheaper to keep than to stream (2 cores: the two cross at about 16 MiB).
     vote_bytes = dtype.itemsize * flat.shape[0] * number * capsules * dim
     small = vote_bytes <= working_set(cpu=16 << 20, accelerator=256 << 20)
-    chosen = choose_implementation("dynamic_routing", implementation, "reference" if small else "streamed")
+    order = ("reference", "streamed") if small else ("streamed", "reference")
+    chosen = choose_implementation("dynamic_routing", implementation, dict.fromkeys(order))
     matrix = weights.astype(narrow)
     offset = jnp.zeros((capsules, dim), dtype) if bias is None else bias.astype(dtype)
     if capsules == 1 and not leaky:

@@ -21,5 +21,8 @@ SINGLE_INPUT = Case(batch=1, inputs=1, depth=1, capsules=2, dim=1, num_iters=4)
 MODERATE = Case(batch=128, inputs=1024, depth=8, capsules=16, dim=16)
 # The digit capsules of Sabour et al. 2017 on MNIST.
 DIGITS = Case(batch=128, inputs=1152, depth=8, capsules=10, dim=16)
+# Its inputs from a plane four times as large, and its outputs for a hundred classes (CIFAR-100).
+MANY_INPUTS = Case(batch=128, inputs=4608, depth=8, capsules=10, dim=16)
+MANY_OUTPUTS = Case(batch=128, inputs=1152, depth=8, capsules=100, dim=16)
 
 SMALL = (TINY, ONE_OUTPUT, ONE_ITERATION, SINGLE_INPUT)

@@ -55,7 +55,7 @@ def route_votes(
     check_routing("route_votes", num_iters, gradient, block_size)
     inputs, capsules, dim = votes.shape[-3:]
     check_bias("route_votes", bias, capsules, dim, f"votes {votes.shape}")
-    chosen = choose_implementation("route_votes", implementation, "streamed")
+    chosen = choose_implementation("route_votes", implementation, {"streamed": None, "reference": None})
     dtype = accumulation_dtype(votes.dtype)
     flat = votes.reshape(-1, inputs, capsules, dim).astype(dtype)
     offset = jnp.zeros((capsules, dim), dtype) if bias is None else bias.astype(dtype)
