@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from capsfl_kernels.convolutional.convolution import convolve
+from capsfl_kernels.convolutional.convolution import Window, convolve
 from jax import lax
 
 
@@ -25,7 +25,7 @@ def test_value_and_gradients_equal_those_of_xla(stride, window, padding):
     images = jax.random.normal(keys[0], (3, 7, 6, 2), jnp.float64)
     kernel = jax.random.normal(keys[1], (window, window, 2, 4), jnp.float64)
     expected, expected_vjp = jax.vjp(lambda x, w: _plain(x, w, stride, padding), images, kernel)
-    got, vjp = jax.vjp(lambda x, w: convolve(x, w, stride=stride, padding=padding), images, kernel)
+    got, vjp = jax.vjp(lambda x, w: convolve(x, w, Window(stride=stride, padding=padding)), images, kernel)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
     cotangent = jax.random.normal(jax.random.key(6), got.shape, jnp.float64)
     for a, b in zip(vjp(cotangent), expected_vjp(cotangent), strict=True):
@@ -42,7 +42,7 @@ def test_every_convolution_inside_a_loop_has_the_layout_xla_is_fast_in():
         assert compiled is not None
         return re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", compiled)
 
-    ours = gradients(lambda x, w: convolve(x, w, padding=((2, 2), (2, 2))))
+    ours = gradients(lambda x, w: convolve(x, w, Window(padding=((2, 2), (2, 2)))))
     assert len(ours) == 3
     assert set(ours) == {"b01f_01io->b01f"}
     # Should this fail, XLA has learned to do it alone, and `convolve` can go.
@@ -53,7 +53,7 @@ def test_a_kernel_per_example_makes_no_grouped_convolution():
     images, kernels = jnp.ones((3, 2, 8, 8, 4)), jnp.ones((3, 5, 5, 4, 6))
 
     def loss(x, w):
-        return jnp.sum(convolve(x, w) ** 2)
+        return jnp.sum(convolve(x, w, Window()) ** 2)
 
     grad = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)))).lower(images, kernels).as_text()
     assert "convolution" in grad

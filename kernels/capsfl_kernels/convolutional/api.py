@@ -16,7 +16,7 @@ from capsfl_kernels.arguments import (
 )
 from capsfl_kernels.convolutional import reference, streamed
 from capsfl_kernels.convolutional.geometry import Padding, plan
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 
 
 def conv_capsules(

@@ -16,7 +16,7 @@ from capsfl_kernels.arguments import (
     working_set,
 )
 from capsfl_kernels.votes import reference, streamed
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 
 
 def route_votes(

@@ -1,26 +1,14 @@
-"""Routing of given votes in blocks of positions; the backward pass keeps nothing but the votes themselves."""
+"""Routing of given votes in tiles of positions; the backward pass keeps nothing but the votes themselves."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from capsfl_kernels.arguments import Gradient, common_variation
-from capsfl_kernels.votes import reference
-
-
-class Routing(NamedTuple):
-    """Static choices of a routing."""
-
-    num_iters: int
-    leaky: bool
-    gradient: Gradient
-
-    def run(self, votes: jax.Array, bias: jax.Array) -> jax.Array:
-        """Routes votes (positions, I, M, K) with bias (M, K), all positions at once."""
-        return reference.route(votes, bias, **self._asdict())
+from capsfl_kernels.arguments import common_variation
+from capsfl_kernels.votes import tile
+from capsfl_kernels.votes.tile import Routing
 
 
 def route(votes: jax.Array, bias: jax.Array, routing: Routing, block_size: int) -> jax.Array:
@@ -36,7 +24,7 @@ def route(votes: jax.Array, bias: jax.Array, routing: Routing, block_size: int) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _route_tiles(tiles: jax.Array, bias: jax.Array, routing: Routing) -> jax.Array:
-    return lax.map(lambda tile: routing.run(tile, bias), tiles)
+    return lax.map(lambda votes: tile.route(votes[:, :, None], bias, routing)[:, 0], tiles)
 
 
 def _forward(tiles: jax.Array, bias: jax.Array, routing: Routing) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -47,9 +35,9 @@ def _backward(routing: Routing, residuals: tuple[jax.Array, jax.Array], grad: ja
     tiles, bias = residuals
 
     def step(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        tile, tile_grad = block
-        grad_votes, grad_bias = jax.vjp(routing.run, tile, bias)[1](tile_grad)
-        return total + grad_bias, grad_votes
+        votes, grad_routed = block
+        grad_votes, grad_bias = tile.differentiate(votes[:, :, None], bias, grad_routed[:, None], routing)
+        return total + grad_bias, grad_votes[:, :, 0]
 
     grad_bias, grad_tiles = lax.scan(step, jnp.zeros_like(bias), (tiles, grad))
     return grad_tiles, grad_bias
