@@ -264,8 +264,11 @@ class ConvCapsules(nnx.Module):
         self.transpose = transpose
         self.num_iters = num_iters
 
-    def __call__(self, capsules: Array) -> Array:
-        """Map `(batch, in, height, width, in_dim)` capsules to `(batch, out, height', width', out_dim)`."""
+    def __call__(self, capsules: Array | tuple[Array, ...]) -> Array:
+        """Map `(batch, in, height, width, in_dim)` capsules to `(batch, out, height', width', out_dim)`.
+
+        Several arrays count as one joined on axis 1: a skip connection that is never stored a second time.
+        """
         return conv_capsules(
             capsules,
             self.kernel[...],

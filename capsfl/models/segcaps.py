@@ -1,6 +1,7 @@
 """SegCaps: a U-shaped capsule network that segments one image (LaLonde & Bagci 2018, arXiv:1804.04241)."""
 
 from functools import partial
+from math import gcd
 from typing import Annotated, Literal, NamedTuple
 
 import jax
@@ -11,6 +12,10 @@ from pydantic import Field
 
 from capsfl.models.layers import Conv, ConvCapsules, capsule_lengths
 from capsfl.settings import Settings
+
+
+# Rows of the image that the reconstruction head handles at once.
+_RECONSTRUCTED_ROWS = 8
 
 
 class SegCapsConfig(Settings):
@@ -114,9 +119,9 @@ class SegCaps(nnx.Module):
         quarter = self.conv_cap_3_1(self.conv_cap_2_2(half))
         capsules = self.conv_cap_4_1(self.conv_cap_3_2(quarter))
 
-        capsules = self.deconv_cap_1_2(jnp.concatenate([self.deconv_cap_1_1(capsules), quarter], axis=1))
-        capsules = self.deconv_cap_2_2(jnp.concatenate([self.deconv_cap_2_1(capsules), half], axis=1))
-        capsules = self.seg_caps(jnp.concatenate([self.deconv_cap_3_1(capsules), full], axis=1))[:, 0]
+        capsules = self.deconv_cap_1_2((self.deconv_cap_1_1(capsules), quarter))
+        capsules = self.deconv_cap_2_2((self.deconv_cap_2_1(capsules), half))
+        capsules = self.seg_caps((self.deconv_cap_3_1(capsules), full))[:, 0]
 
         reconstruction = None
         if self.recon is not None:
@@ -135,5 +140,18 @@ class ReconstructionHead(nnx.Module):
 
     def __call__(self, capsules: Array) -> Array:
         """Map `(batch, height, width, dim)` to intensities `(batch, height, width)` in [0, 1]."""
-        hidden = jax.nn.relu(self.recon_2(jax.nn.relu(self.recon_1(capsules))))
-        return jax.nn.sigmoid(self.out_recon(hidden))[..., 0]
+        batch, height, width, dim = capsules.shape
+        kernels = [(layer.kernel[...], layer.bias[...]) for layer in (self.recon_1, self.recon_2, self.out_recon)]
+
+        @jax.checkpoint
+        def reconstruct(pixels: Array) -> Array:
+            """Map pixels `(pixels, dim)` to intensities `(pixels,)`."""
+            for kernel, bias in kernels[:-1]:
+                pixels = jax.nn.relu(pixels @ kernel[0, 0] + bias[None])
+            kernel, bias = kernels[-1]
+            return jax.nn.sigmoid(pixels @ kernel[0, 0] + bias[None])[:, 0]
+
+        # At 512 x 512 the hidden layers would hold 192 MiB per image for the backward pass; a few rows at a time
+        # hold 3 MiB, and computing them again costs little beside the capsules.
+        rows = gcd(height, _RECONSTRUCTED_ROWS)
+        return jax.lax.map(reconstruct, capsules.reshape(-1, rows * width, dim)).reshape(batch, height, width)

@@ -43,7 +43,7 @@ def test_every_convolution_inside_a_loop_has_the_layout_xla_is_fast_in():
         return re.findall(r" convolution\(.*dim_labels=(\w+->\w+)", compiled)
 
     ours = gradients(lambda x, w: convolve(x, w, Window(padding=((2, 2), (2, 2)))))
-    assert len(ours) == 3
+    assert len(ours) == 2, "the gradient of the kernel is a matrix product"
     assert set(ours) == {"b01f_01io->b01f"}
     # Should this fail, XLA has learned to do it alone, and `convolve` can go.
     assert set(gradients(lambda x, w: _plain(x, w, 1, "SAME"))) != {"b01f_01io->b01f"}

@@ -1,5 +1,7 @@
 """The public operator `conv_capsules`."""
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +22,7 @@ from capsfl_kernels.votes.tile import Routing
 
 
 def conv_capsules(
-    inputs: jax.Array,
+    inputs: jax.Array | Sequence[jax.Array],
     kernel: jax.Array,
     bias: jax.Array | None = None,
     *,
@@ -42,6 +44,8 @@ def conv_capsules(
 
     Args:
         inputs: ``(..., I, H, W, A)``: types of capsules, height, width, dimension; any number of batch axes.
+            Several arrays count as one joined on the axis I (a skip connection), and the streamed
+            implementation never joins them.
         kernel: ``(k, k, A, M, K)``, shared by all input types.
         bias: ``(M, K)``, added before the squash in every iteration; None stands for zero.
         strides: Pixels between windows; where transposed, the factor by which the image grows.
@@ -62,14 +66,24 @@ def conv_capsules(
     Raises:
         ValueError: a shape, dtype or choice is impossible; the message names it.
     """
-    if inputs.ndim < 4 or kernel.ndim != 5 or inputs.shape[-1] != kernel.shape[2]:
-        raise ValueError(
-            f"conv_capsules: inputs {inputs.shape} and kernel {kernel.shape} do not fit; "
-            "they must be (..., I, H, W, A) and (k, k, A, M, K)"
-        )
-    check_capsules("conv_capsules", inputs=inputs, kernel=kernel)
+    arrays = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if not arrays:
+        raise ValueError("conv_capsules: inputs is an empty sequence; it needs at least one array")
+    first = arrays[0]
+    for array in arrays:
+        if array.ndim < 4 or kernel.ndim != 5 or array.shape[-1] != kernel.shape[2]:
+            raise ValueError(
+                f"conv_capsules: inputs {array.shape} and kernel {kernel.shape} do not fit; "
+                "they must be (..., I, H, W, A) and (k, k, A, M, K)"
+            )
+        check_capsules("conv_capsules", inputs=array, kernel=kernel)
+        if array.dtype != first.dtype or (array.shape[:-4], array.shape[-3:]) != (first.shape[:-4], first.shape[-3:]):
+            raise ValueError(
+                f"conv_capsules: inputs {array.dtype.name}{array.shape} and {first.dtype.name}{first.shape} do not "
+                "join; they may differ in the axis I alone"
+            )
     check_routing("conv_capsules", num_iters, gradient, block_size)
-    types, height, width, depth = inputs.shape[-4:]
+    height, width, _ = first.shape[-3:]
     window, window_width, _, capsules, dim = kernel.shape
     if window != window_width:
         raise ValueError(f"conv_capsules: kernel {kernel.shape} is not square in its first two axes")
@@ -79,25 +93,27 @@ def conv_capsules(
         raise ValueError(f"conv_capsules: padding={padding!r} is unknown; choose 'SAME' or 'VALID'")
     if padding == "VALID" and not transpose and window > min(height, width):
         raise ValueError(
-            f"conv_capsules: kernel {kernel.shape} is larger than the image of inputs {inputs.shape}; "
+            f"conv_capsules: kernel {kernel.shape} is larger than the image of inputs {first.shape}; "
             "use padding='SAME' or a smaller kernel"
         )
     check_bias("conv_capsules", bias, capsules, dim, f"kernel {kernel.shape}")
     geometry = plan((height, width), window, strides, transpose, padding)
     chosen = choose_implementation("conv_capsules", implementation, {"streamed": None, "reference": None})
-    narrow = jnp.promote_types(inputs.dtype, kernel.dtype)
+    narrow = jnp.promote_types(first.dtype, kernel.dtype)
     dtype = accumulation_dtype(narrow)
-    images = inputs.reshape(-1, types, height, width, depth).astype(narrow)
+    images = tuple(array.reshape(-1, *array.shape[-4:]).astype(narrow) for array in arrays)
     filters = kernel.astype(narrow)
     offset = jnp.zeros((capsules, dim), dtype) if bias is None else bias.astype(dtype)
     if capsules == 1 or num_iters == 1:
         # The coupling is 1 / M whatever the votes are, and convolution is linear: sum before, not after.
-        images, num_iters = jnp.sum(images, axis=1, keepdims=True), 1
+        total = functools.reduce(operator.add, [jnp.sum(array, axis=1, keepdims=True) for array in images])
+        images, num_iters = (total,), 1
     if chosen == "reference":
+        joined = jnp.concatenate(images, axis=1)
         routed = reference.route(
-            images, filters, offset, geometry, num_iters=num_iters, gradient=gradient, precision=precision
+            joined, filters, offset, geometry, num_iters=num_iters, gradient=gradient, precision=precision
         )
     else:
         routing = Routing(num_iters, False, gradient)
         routed = streamed.route(images, filters, offset, geometry, routing, block_size, precision)
-    return routed.reshape(*inputs.shape[:-4], *routed.shape[1:]).astype(inputs.dtype)
+    return routed.reshape(*first.shape[:-4], *routed.shape[1:]).astype(first.dtype)

@@ -27,14 +27,11 @@ class Window(NamedTuple):
 
     Attributes:
         stride: Pixels between neighbouring windows.
-        spacing: Distance to which the pixels of the image are pulled apart, zeros between; a spacing above one
-            makes the adjoint of a strided convolution. Stride or spacing is one.
-        padding: (before, after) for rows and columns, around the image pulled apart.
+        padding: (before, after) for rows and columns of zeros around the image.
         precision: Of the products.
     """
 
     stride: int = 1
-    spacing: int = 1
     padding: Pads = ((0, 0), (0, 0))
     precision: lax.PrecisionLike = None
 
@@ -51,7 +48,7 @@ def convolve(images: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(images: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    return in_turns(functools.partial(apply, window), foldable=True)(images, kernel)
+    return in_turns(functools.partial(apply, window), folding=1)(images, kernel)
 
 
 def _forward(images: jax.Array, kernel: jax.Array, window: Window) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -61,29 +58,32 @@ def _forward(images: jax.Array, kernel: jax.Array, window: Window) -> tuple[jax.
 def _backward(window: Window, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     images, kernel = residuals
     grad = grad.astype(images.dtype)
-    to_images = in_turns(functools.partial(grad_images, window, images.shape[1:3]), foldable=True)
-    to_kernel = in_turns(functools.partial(grad_kernel, window, kernel.shape[:2]), foldable=False)
+    to_images = in_turns(functools.partial(grad_images, window, images.shape[1:3]), folding=1)
+    to_kernel = in_turns(functools.partial(grad_kernel, window, kernel.shape[:2]), folding=0)
     return to_images(grad, kernel).astype(images.dtype), to_kernel(images, grad).astype(kernel.dtype)
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def in_turns(run: Callable, *, foldable: bool) -> Callable:
+def in_turns(run: Callable, *, folding: int) -> Callable:
     """Gives a function a vmap that runs the examples one after the other.
 
     Args:
         run: A function of arrays, to an array or a tuple of arrays.
-        foldable: Whether axis 0 of the first argument and of the result is a batch whose entries do not meet;
-            a vmap over the first argument alone then makes that batch longer instead.
+        folding: Number of first arguments that, with the one array returned, have as axis 0 a batch whose
+            entries do not meet; a vmap over them alone then makes that batch longer instead. 0 for none.
     """
     call = custom_vmap(run)
 
     @call.def_vmap
     def _(size: int, batched: list[bool], *arguments: jax.Array) -> tuple[Any, Any]:
-        if foldable and batched[0] and not any(batched[1:]):
-            first, *rest = arguments
-            result = call(first.reshape(-1, *first.shape[2:]), *rest)
+        if any(batched[:folding]) and not any(batched[folding:]):
+            folded = []
+            for many, array in zip(batched, arguments[:folding], strict=False):
+                whole = array if many else jnp.broadcast_to(array, (size, *array.shape))
+                folded.append(whole.reshape(-1, *whole.shape[2:]))
+            result = call(*folded, *arguments[folding:])
             return result.reshape(size, -1, *result.shape[1:]), True
 
         def single(entries: list[jax.Array]) -> Any:
@@ -99,67 +99,33 @@ def in_turns(run: Callable, *, foldable: bool) -> Callable:
 
 def apply(window: Window, images: jax.Array, kernel: jax.Array) -> jax.Array:
     """The convolution of `convolve`, to be differentiated by `grad_images` and `grad_kernel`."""
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        (window.stride, window.stride),
-        window.padding,
-        (window.spacing, window.spacing),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=window.precision,
-        preferred_element_type=accumulation_dtype(images.dtype),
-    )
+    return _apply(images, kernel, window.precision, window.padding, stride=window.stride)
 
 
 def grad_images(window: Window, size: tuple[int, ...], grad: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Gradient of images of ``size`` (H, W): stride and spacing change places and the kernel is turned."""
+    """Gradient of images of ``size`` (H, W): the gradient, pulled apart by the stride, meets the turned kernel."""
     padding = []
     for axis in range(2):
         before = kernel.shape[axis] - 1 - window.padding[axis][0]
-        needed = (size[axis] - 1) * window.spacing + kernel.shape[axis]
-        padding.append((before, needed - before - (grad.shape[1 + axis] - 1) * window.stride - 1))
-    adjoint = Window(window.spacing, window.stride, (padding[0], padding[1]), window.precision)
-    return apply(adjoint, grad, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+        spread = (grad.shape[1 + axis] - 1) * window.stride + 1
+        padding.append((before, size[axis] + kernel.shape[axis] - 1 - spread - before))
+    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    return _apply(grad, turned, window.precision, padding, image_dilation=window.stride)
 
 
 def grad_kernel(window: Window, size: tuple[int, ...], images: jax.Array, grad: jax.Array) -> jax.Array:
-    """Gradient of a kernel of ``size`` (k, k)."""
-    before = tuple(first for first, _ in window.padding)
-    if window.spacing == 1:
-        return _correlate(images, grad, size, window.stride, before, window.precision)
-    before = tuple(length - 1 - first for length, first in zip(size, before, strict=True))
-    turned = _correlate(grad, images, size, window.spacing, before, window.precision)
-    return turned[::-1, ::-1].transpose(0, 1, 3, 2)
-
-
-def _correlate(
-    fine: jax.Array,
-    coarse: jax.Array,
-    size: tuple[int, ...],
-    stride: int,
-    before: tuple[int, ...],
-    precision: lax.PrecisionLike,
-) -> jax.Array:
-    """``R[p, q, a, b] = Σ fine[n, stride · y + p − before, stride · x + q − before, a] · coarse[n, y, x, b]``."""
-    batch, rows, columns, features = coarse.shape
-    padding = []
+    """Gradient of a kernel of ``size`` (k, k): products of windows and gradient summed over all pixels."""
+    batch, rows, columns, features = grad.shape
+    stride, padding = window.stride, []
     for axis, length in enumerate((rows, columns)):
-        after = (length - 1) * stride + size[axis] - before[axis] - fine.shape[1 + axis]
-        padding.append((before[axis], after, 0))
-    dtype = accumulation_dtype(fine.dtype)
-    padded = lax.pad(fine, jnp.zeros((), fine.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
+        before = window.padding[axis][0]
+        padding.append((before, (length - 1) * stride + size[axis] - before - images.shape[1 + axis], 0))
+    padded = lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
     if jax.default_backend() != "cpu":
-        turned = lax.conv_general_dilated(
-            padded.transpose(3, 1, 2, 0),
-            coarse.transpose(1, 2, 0, 3),
-            (1, 1),
-            "VALID",
-            rhs_dilation=(stride, stride),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision,
-            preferred_element_type=dtype,
-        )
-        return turned.transpose(1, 2, 0, 3)
+        # The images, channels as batch, meet the gradient as a kernel with holes of the stride.
+        channels, taps = padded.transpose(3, 1, 2, 0), grad.transpose(1, 2, 0, 3)
+        product = _apply(channels, taps, window.precision, "VALID", kernel_dilation=stride)
+        return product.transpose(1, 2, 0, 3)
     # Windows as rows of a matrix, pixels along them: slices of whole planes, one axis after the other. The
     # barriers keep XLA from fusing slices and stacks into one gather of single numbers.
     planes = lax.optimization_barrier(padded.transpose(3, 0, 1, 2))
@@ -167,8 +133,35 @@ def _correlate(
     planes = lax.optimization_barrier(jnp.stack(across))
     down = [lax.slice_in_dim(planes, p, p + stride * (rows - 1) + 1, stride, axis=3) for p in range(size[0])]
     windows = jnp.stack(down).reshape(-1, batch * rows * columns)
-    pixels = coarse.transpose(3, 0, 1, 2).reshape(features, -1)
+    pixels = grad.transpose(3, 0, 1, 2).reshape(features, -1)
     product = lax.dot_general(
-        windows, pixels, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype
+        windows,
+        pixels,
+        (((1,), (1,)), ((), ())),
+        precision=window.precision,
+        preferred_element_type=accumulation_dtype(images.dtype),
     )
     return product.reshape(*size, -1, features)
+
+
+def _apply(
+    images: jax.Array,
+    kernel: jax.Array,
+    precision: lax.PrecisionLike,
+    padding: Any,
+    *,
+    stride: int = 1,
+    image_dilation: int = 1,
+    kernel_dilation: int = 1,
+) -> jax.Array:
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        (stride, stride),
+        padding,
+        (image_dilation, image_dilation),
+        (kernel_dilation, kernel_dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+        preferred_element_type=accumulation_dtype(images.dtype),
+    )

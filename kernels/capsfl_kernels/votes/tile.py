@@ -24,9 +24,7 @@ def route(votes: jax.Array, bias: jax.Array, routing: Routing) -> jax.Array:
     return _route_plainly(votes, bias, routing)
 
 
-def differentiate(
-    votes: jax.Array, bias: jax.Array, grad: jax.Array, routing: Routing
-) -> tuple[jax.Array, jax.Array]:
+def differentiate(votes: jax.Array, bias: jax.Array, grad: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
     """Gradients of votes (A, I, B, M, K) and bias (M, K) from that of the output, (A, B, M, K)."""
     if jax.default_backend() != "cpu":
         return jax.vjp(lambda v, b: _route_plainly(v, b, routing), votes, bias)[1](grad)
