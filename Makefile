@@ -32,7 +32,8 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.routing
+	$(BIN)/capsfl bench routing
+	$(BIN)/capsfl bench segcaps
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis runs

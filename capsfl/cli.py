@@ -1,4 +1,4 @@
-"""The command line: `capsfl train|ingest|phantom|predict|report|verify|epsilon|doctor`."""
+"""The command line: `capsfl train|ingest|phantom|predict|report|verify|epsilon|bench|doctor`."""
 
 import json
 import logging
@@ -28,6 +28,7 @@ SUMMARY = {
     "report": "RUN                                     write the study's page again",
     "verify": "RUN [--witness HEAD]                    recompute and check every ledger of a study",
     "epsilon": "--hospitals H --noise-multiplier Z ...  privacy loss of a setting, or the setting for a loss",
+    "bench": "[routing|segcaps] [--quick] [--tune]     measure time and memory on this machine",
     "doctor": "                                        what works on this machine and what to install",
 }
 
@@ -328,6 +329,57 @@ def epsilon(words: list[str]) -> int:
     return 0
 
 
+def bench(words: list[str]) -> int:
+    """Measures on this machine."""
+    from capsfl.bench import BENCHMARKS
+    from capsfl.bench.command import Output, finish, list_benchmarks, redraw, say
+    from capsfl.bench.machine import results_folder
+
+    if not words or words[0] in ("-h", "--help"):
+        list_benchmarks()
+        return 0
+    if words[0] not in BENCHMARKS:
+        raise ValueError(f"capsfl bench: unknown benchmark {words[0]!r}; one of {', '.join(BENCHMARKS)}")
+    prog = f"capsfl bench {words[0]}"
+    if words[0] == "segcaps":
+        from capsfl.bench.segcaps import SegCapsBench
+        from capsfl.bench.segcaps import measure as measure_segcaps
+
+        @dataclass(frozen=True)
+        class SegCapsCommand(SegCapsBench, Output):
+            """Measure one training step of SegCaps R3 with stored and with streamed votes."""
+
+        given = parse(SegCapsCommand, words[1:], prog=prog)
+        results_folder(given.out)
+        finish(measure_segcaps(given, say=say), given)
+        return 0
+    from capsfl.bench.routing import RoutingBench
+    from capsfl.bench.routing import measure as measure_routing
+    from capsfl.bench.tuning import tune
+
+    @dataclass(frozen=True)
+    class RoutingCommand(RoutingBench, Output):
+        """Measure every capsule operator, each implementation beside the others and torch where it is there."""
+
+        table: bool = False
+        """Measure nothing: write the page and the pictures again from the results."""
+        tune: bool = False
+        """Instead, find the fastest block sizes and record them for later runs."""
+
+    given = parse(RoutingCommand, words[1:], prog=prog)
+    if given.tune:
+        found = list(tune(quick=given.quick, say=say))
+        if given.json:
+            print(json.dumps(found))
+        return 0
+    folder = results_folder(given.out)
+    if given.table:
+        redraw(folder)
+        return 0
+    finish(measure_routing(given, say=say), given)
+    return 0
+
+
 def doctor(words: list[str]) -> int:
     """Says what works here."""
 
@@ -356,6 +408,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "verify": verify,
     "epsilon": epsilon,
+    "bench": bench,
     "doctor": doctor,
 }
 

@@ -240,7 +240,7 @@ class ConvCapsules(nnx.Module):
     """Convolutional capsules, one kernel shared by all input types, routed at each position.
 
     LaLonde & Bagci 2018, section 2.1; `transpose=True` is their deconvolutional capsule, which multiplies
-    height and width by `strides`.
+    height and width by `strides`. `implementation` is that of `capsfl_kernels.conv_capsules`.
     """
 
     def __init__(
@@ -253,6 +253,7 @@ class ConvCapsules(nnx.Module):
         strides: int = 1,
         transpose: bool = False,
         num_iters: int = 3,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         # The fan-in is that of the flat kernel (k, k, in_dim, out_capsules * out_dim).
@@ -263,6 +264,7 @@ class ConvCapsules(nnx.Module):
         self.strides = strides
         self.transpose = transpose
         self.num_iters = num_iters
+        self.implementation = implementation
 
     def __call__(self, capsules: Array | tuple[Array, ...]) -> Array:
         """Map `(batch, in, height, width, in_dim)` capsules to `(batch, out, height', width', out_dim)`.
@@ -276,4 +278,5 @@ class ConvCapsules(nnx.Module):
             strides=self.strides,
             transpose=self.transpose,
             num_iters=self.num_iters,
+            implementation=self.implementation,
         )

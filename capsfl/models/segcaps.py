@@ -61,10 +61,12 @@ class SegCaps(nnx.Module):
     """The thirteen-layer SegCaps; 1,425,649 parameters at width 1.
 
     Layers carry the names of the published code. Capsules are laid out
-    `(batch, capsules, height, width, dim)`, so the skips concatenate on axis 1.
+    `(batch, capsules, height, width, dim)`, so the types of a skip follow on axis 1; they are read in
+    place, never concatenated.
+    `implementation` is that of `capsfl_kernels.conv_capsules`, None the fastest.
     """
 
-    def __init__(self, config: SegCapsConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: SegCapsConfig, *, implementation: str | None = None, rngs: nnx.Rngs) -> None:
         def scale(size: int) -> int:
             return max(2, round(config.width * size))
 
@@ -72,14 +74,15 @@ class SegCaps(nnx.Module):
         resizing = config.num_iters
         keeping = config.num_iters if config.routed == "every" else 1
 
-        same = partial(ConvCapsules, num_iters=keeping, rngs=rngs)
-        down = partial(ConvCapsules, strides=2, num_iters=resizing, rngs=rngs)
-        up = partial(ConvCapsules, strides=2, transpose=True, num_iters=resizing, rngs=rngs)
+        capsules = partial(ConvCapsules, implementation=implementation, rngs=rngs)
+        same = partial(capsules, num_iters=keeping)
+        down = partial(capsules, strides=2, num_iters=resizing)
+        up = partial(down, transpose=True)
 
         self.conv1 = Conv(config.in_channels, small, 5, rngs=rngs)
         # The published networks never route the first two layers.
-        self.primarycaps = ConvCapsules(small, 2, small, 5, strides=2, num_iters=1, rngs=rngs)
-        self.conv_cap_2_1 = ConvCapsules(small, 4, small, 5, num_iters=1, rngs=rngs)
+        self.primarycaps = capsules(small, 2, small, 5, strides=2, num_iters=1)
+        self.conv_cap_2_1 = capsules(small, 4, small, 5, num_iters=1)
         self.conv_cap_2_2 = down(small, 4, medium, 5)
         self.conv_cap_3_1 = same(medium, 8, medium, 5)
         self.conv_cap_3_2 = down(medium, 8, large, 5)

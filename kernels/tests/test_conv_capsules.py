@@ -133,6 +133,34 @@ def test_any_number_of_batch_axes(leading):
         np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", [cases.SMALL[1], cases.SMALL[3], cases.SMALL[7]])
+@pytest.mark.usefixtures("double_precision")
+def test_several_arrays_count_as_one_joined(case):
+    inputs, kernel, bias = _arguments(case, jnp.float64)
+    parts = (inputs[:, :1], inputs[:, 1:])
+
+    def loss(arrays, kernel, bias, implementation):
+        options = _options(case) | {"implementation": implementation, "block_size": 2}
+        return jnp.sum(jnp.sin(3 * conv_capsules(arrays, kernel, bias, **options)))
+
+    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=3)
+    expected, (grad_inputs, *grad_rest) = grad(inputs, kernel, bias, "reference")
+    for implementation in IMPLEMENTATIONS:
+        value, (grad_parts, *rest) = grad(parts, kernel, bias, implementation)
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
+        joined = (jnp.concatenate(grad_parts, axis=1), *rest)
+        for a, b in zip(joined, (grad_inputs, *grad_rest), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_arrays_that_do_not_join_are_refused_with_both_shapes():
+    inputs, kernel, _ = _arguments(cases.SMALL[0])
+    with pytest.raises(ValueError, match=r"inputs float32\(2, 3, 6, 4, 2\) and float32\(2, 3, 6, 5, 2\) do not join"):
+        conv_capsules((inputs, inputs[:, :, :, :4]), kernel)
+    with pytest.raises(ValueError, match="inputs is an empty sequence"):
+        conv_capsules((), kernel)
+
+
 def test_one_output_type_never_forms_votes_of_several_types():
     inputs, kernel, bias = _arguments(cases.Case((8, 8), 5, 2, 3, capsules=1, dim=4))
     traced = str(jax.make_jaxpr(lambda *a: conv_capsules(*a, implementation="reference"))(inputs, kernel, bias))

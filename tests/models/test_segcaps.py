@@ -1,5 +1,7 @@
 """SegCaps: the published sizes, honest ranges and gradients, and that it learns."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +153,37 @@ def test_learns_to_segment_disks():
     prediction = np.asarray(_forward(nnx.merge(graph, parameters), images).lengths) > 0.5
     expected = np.asarray(truth) > 0
     assert 2 * np.sum(prediction & expected) / (prediction.sum() + expected.sum()) > 0.9
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)])
+def test_streamed_gradient_equals_that_of_stored_votes(dtype, tolerance):
+    def gradient(implementation):
+        graph, parameters = nnx.split(SegCaps(SMALL, implementation=implementation, rngs=nnx.Rngs(0)))
+        wide = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
+        images = jax.random.normal(jax.random.key(4), (1, 16, 16, 1), dtype)
+        truth = (images[..., 0] > 0).astype(dtype)
+        return jax.jit(jax.grad(lambda p: segmentation_loss(nnx.merge(graph, p)(images, truth), images, truth)))(wide)
+
+    with jax.enable_x64(dtype == jnp.float64):
+        pairs = zip(jax.tree.leaves(gradient("streamed")), jax.tree.leaves(gradient("reference")), strict=True)
+        for got, expected in pairs:
+            assert got.dtype == dtype
+            assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.torture
+@pytest.mark.skipif("CAPSFL_TORTURE" not in os.environ, reason="compiles the whole network: `make torture`")
+def test_a_step_at_512_pixels_needs_less_than_400_mib():
+    graph, parameters = nnx.split(_shapes(SegCapsConfig.r3()))
+    images = jax.ShapeDtypeStruct((1, 512, 512, 1), jnp.float32)
+    truth = jax.ShapeDtypeStruct((1, 512, 512), jnp.float32)
+
+    def loss(parameters, images, truth):
+        return segmentation_loss(nnx.merge(graph, parameters)(images, truth), images, truth)
+
+    usage = jax.jit(jax.value_and_grad(loss)).lower(parameters, images, truth).compile().memory_analysis()
+    assert usage is not None
+    assert usage.temp_size_in_bytes <= 400 << 20
 
 
 def test_vmapped_over_hospitals_equals_a_loop(small):

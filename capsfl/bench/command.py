@@ -1,0 +1,92 @@
+"""Runs a benchmark as asked on the command line: measures, writes, prints."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capsfl.bench import BENCHMARKS, page, roofline
+from capsfl.bench.machine import results_folder, write_result
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a result goes."""
+
+    out: Path | None = None
+    """Folder for the JSON and the picture; by default benchmarks/results of the checkout."""
+    json: bool = False
+    """Print the result as JSON instead of tables."""
+
+
+def rewrite_page(folder: Path) -> Path:
+    """Writes README.md beside a folder of results from all of them."""
+    path = folder.resolve().parent / "README.md"
+    path.write_text(page.write_page(folder), encoding="utf-8")
+    return path
+
+
+def redraw(folder: Path) -> None:
+    """Rewrites the page, and the pictures where matplotlib is there, without measuring anything."""
+    for path in sorted(folder.glob("routing-*.json")):
+        _draw(json.loads(path.read_text(encoding="utf-8")), path)
+    print(f"page: {rewrite_page(folder)}")
+
+
+def finish(result: dict[str, Any], output: Output) -> None:
+    """Writes a result, its picture and, in a checkout, the page; prints tables or JSON."""
+    folder = results_folder(output.out)
+    path = write_result(folder, result)
+    if result["benchmark"] == "routing":
+        _draw(result, path)
+    written = [path]
+    if output.out is None:
+        written.append(rewrite_page(folder))
+    if output.json:
+        print(json.dumps(result))
+        return
+    print_tables(result)
+    print("\n".join(f"written: {place}" for place in written))
+
+
+def say(line: str) -> None:
+    """Tells on standard error what is done, since measuring takes minutes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def list_benchmarks() -> None:
+    """Says what there is to measure."""
+    width = max(map(len, BENCHMARKS))
+    for name, text in BENCHMARKS.items():
+        print(f"capsfl bench {name:<{width}}  {text}")
+    print("\nEach has its own --help.")
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """Prints the tables of a result; as Markdown where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for table in page.tables(result):
+            print(f"{table.title}\n\n{page.format_markdown(table)}\n")
+        return
+    console = Console()
+    console.print(page.describe_machine(result["machine"]), highlight=False)
+    if result["benchmark"] == "routing":
+        console.print(page.describe_roofs(result), highlight=False)
+    for table in page.tables(result):
+        shown = Table(title=f"\n{table.title}", title_justify="left", box=None, pad_edge=False, title_style="bold")
+        for name in table.columns:
+            shown.add_column(name, justify="right" if name in page.NUMBERS else "left")
+        for words in table.rows:
+            shown.add_row(*words)
+        console.print(shown)
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    try:
+        roofline.draw(result, path.with_name(f"roofline-{path.stem}.png"))
+    except ImportError as error:
+        say(f"no picture: {error}; pip install matplotlib, then --table draws it")
