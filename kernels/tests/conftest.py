@@ -1,5 +1,6 @@
 """Settings of the kernel tests, and routing written out by hand in float64 NumPy from the papers."""
 
+import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,11 +16,33 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 EPS = 1e-7
 
 
+@contextlib.contextmanager
+def _enable_double_precision() -> Iterator[None]:
+    """Float64 inside JAX, compiled without most optimisations.
+
+    In float64 the mathematics is in question, to the last digits, and not what XLA makes of it, which would take twice
+    as long; programs as they are shipped are compiled by the tests in float32 and bfloat16.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.enable_x64(True):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def double_precision() -> Iterator[None]:
     """Float64 inside JAX for the length of a test."""
-    with jax.enable_x64(True):
+    with _enable_double_precision():
         yield
+
+
+@pytest.fixture(scope="session")
+def enable_double_precision() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Float64 inside JAX for the length of a block: hypothesis runs a test many times on one fixture."""
+    return _enable_double_precision
 
 
 def _squash(s: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """pmap and shard_map change nothing; test_transformations runs this in a process with four devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from capsfl_kernels import (
 from jax.sharding import AxisType, PartitionSpec
 
 DEVICES = 4
+# The first iteration, from no logits, and one further one: all kinds that there are.
+ITERATIONS = 2
 
 
 def check(operator, *shapes: tuple[int, ...]) -> None:
@@ -64,24 +68,28 @@ def _close(got, expected) -> None:
 def _em_routing(votes, beta_a, beta_u, *, implementation):
     """EM routing whose activations are read off the votes, poses and activations in one array."""
     activations = jax.nn.sigmoid(votes[..., 0, 0])
-    poses, active = em_routing(votes, activations, beta_a, beta_u, implementation=implementation)
+    poses, active = em_routing(
+        votes, activations, beta_a, beta_u, num_iters=ITERATIONS, implementation=implementation
+    )
     return jnp.concatenate([poses, active[..., None]], axis=-1)
 
 
 def _em_capsules(inputs, weights, beta_a, beta_u, *, implementation):
     """EM capsules whose activations are read off the poses, poses and activations in one array."""
     activations = jax.nn.sigmoid(inputs[..., 0, 0])
-    poses, active = em_capsules(inputs, activations, weights, beta_a, beta_u, implementation=implementation)
+    poses, active = em_capsules(
+        inputs, activations, weights, beta_a, beta_u, num_iters=ITERATIONS, implementation=implementation
+    )
     return jnp.concatenate([poses.reshape(*active.shape, -1), active[..., None]], axis=-1)
 
 
 if __name__ == "__main__":
     assert jax.device_count() == DEVICES
-    check(dynamic_routing, (4, 5, 3), (5, 4, 6, 3), (4, 6))
+    check(functools.partial(dynamic_routing, num_iters=ITERATIONS), (4, 5, 3), (5, 4, 6, 3), (4, 6))
     print("dynamic_routing")
-    check(route_votes, (8, 4, 3, 5), (3, 5))
+    check(functools.partial(route_votes, num_iters=ITERATIONS), (8, 4, 3, 5), (3, 5))
     print("route_votes")
-    check(conv_capsules, (4, 3, 6, 5, 2), (3, 3, 2, 2, 3), (2, 3))
+    check(functools.partial(conv_capsules, num_iters=ITERATIONS), (4, 3, 6, 5, 2), (3, 3, 2, 2, 3), (2, 3))
     print("conv_capsules")
     check(self_attention_routing, (4, 5, 3), (5, 4, 6, 3), (5, 4))
     print("self_attention_routing")

@@ -158,7 +158,9 @@ def _run(layer: _Layer, inputs: tuple[jax.Array, ...], kernel: jax.Array, bias: 
     def step(number: jax.Array, output: jax.Array) -> jax.Array:
         image, strip, phase = layer.place(number)
         pixels = _read(padded, _start(layer, number), layer)
-        routed = tile.route(_vote(pixels, kernels[phase], bias, layer), bias, layer.routing)
+        routed = tile.route(
+            _vote(pixels, lax.dynamic_index_in_dim(kernels, phase, keepdims=False), bias, layer), bias, layer.routing
+        )
         rows = routed.reshape(images, layer.rows, layer.grid[1], *bias.shape).transpose(0, 3, 1, 2, 4)
         return lax.dynamic_update_slice(
             output, rows[None].astype(output.dtype), (phase, image, 0, strip * layer.rows, 0, 0)
@@ -188,7 +190,8 @@ def _run_backward(
         grads_padded, grad_kernels, grad_bias = totals
         image, strip, phase = layer.place(number)
         start = _start(layer, number)
-        pixels, weights = _read(padded, start, layer), kernels[phase]
+        pixels = _read(padded, start, layer)
+        weights = lax.dynamic_index_in_dim(kernels, phase, keepdims=False)
         rows = lax.dynamic_slice(
             phases,
             (phase, image, 0, strip * layer.rows, 0, 0),
@@ -205,7 +208,8 @@ def _run_backward(
         for array, part in zip(grads_padded, jnp.split(tile_pixels, bounds[:-1], axis=1), strict=True):
             known = lax.dynamic_slice(array, start, part.shape)
             added.append(lax.dynamic_update_slice(array, known + part, start))
-        return added, grad_kernels.at[phase].add(tile_kernel), grad_bias + tile_bias
+        of_phase = lax.dynamic_index_in_dim(grad_kernels, phase) + tile_kernel[None]
+        return added, lax.dynamic_update_index_in_dim(grad_kernels, of_phase, phase, 0), grad_bias + tile_bias
 
     zeros = [_zeros(array.shape, bias.dtype, grad) for array in (*padded, kernels, bias)]
     totals = lax.fori_loop(0, _count(layer, filled), step, (zeros[:-2], *zeros[-2:]))
@@ -222,8 +226,11 @@ def _count(layer: _Layer, filled: int) -> int:
 def _start(layer: _Layer, number: jax.Array) -> tuple:
     """Where in the padded inputs (batch, I, rows, columns, A) a tile begins."""
     image, strip, phase = layer.place(number)
-    rows, columns = (offsets - offsets.min() for offsets in (layer.offsets(0), layer.offsets(1)))
-    row, column = jnp.asarray(rows)[phase // layer.side], jnp.asarray(columns)[phase % layer.side]
+    corner = []
+    for axis, index in enumerate((phase // layer.side, phase % layer.side)):
+        offsets = layer.offsets(axis)
+        corner.append(lax.dynamic_index_in_dim(jnp.asarray(offsets - offsets.min()), index, keepdims=False))
+    row, column = corner
     return image, 0, strip * layer.rows * layer.step + row, column, 0
 
 

@@ -3,9 +3,9 @@
 The logit of input i for output j is ``û_ij · V_j = u_i · (W_ijᵀ V_j)`` with V the sum of the outputs so far.
 So an iteration is one pass over blocks of inputs: ``P = Wᵀ V``, ``b = P · u``, ``c = softmax(b)``, ``s += W
 (c u)``, as FlashAttention does for attention, and its state is (M, K, batch) whatever N is. The backward pass
-repeats the passes from the stored s and V of each iteration. The batch lies on the minor axis: all small axes
-(M, D) are then summed as whole vectors, and the two products per block are matrix products over (block · D,
-K, batch).
+repeats the passes from the stored s and V of each iteration, and all of them add to one gradient of the inputs
+and one of the weights, in place. The batch lies on the minor axis: all small axes (M, D) are then summed as
+whole vectors, and the products of a block are matrix products over (block · D, K, batch).
 """
 
 import functools
@@ -16,134 +16,133 @@ import jax.numpy as jnp
 from jax import lax
 
 from capsfl_kernels.arguments import common_variation
-from capsfl_kernels.squash import squash
+from capsfl_kernels.dynamic import iterations
 from capsfl_kernels.votes.streamed import Routing
 
-
-class Streaming(NamedTuple):
-    """Static choices of a streamed routing: the routing, inputs in one block, precision of the products."""
-
-    routing: Routing
-    block_size: int
-    precision: lax.PrecisionLike
+# A sum of so few terms is written out: XLA:CPU then runs along the batch in vectors, as it does not in a fused
+# reduction. Long ones are not: with M = 100 terms the gradient took nearly twice the time of a plain sum.
+_MOST_TERMS = 32
 
 
-class _Blocks(NamedTuple):
-    """Inputs (blocks, block, D, batch) and weights (blocks, M, block · D, K), both padded with zeros."""
+class Blocks(NamedTuple):
+    """Inputs (blocks, block, D, batch) and weights (blocks, M, block · D, K), padded with zeros; or gradients."""
 
     inputs: jax.Array
     weights: jax.Array
 
 
+class Streaming(NamedTuple):
+    """The passes as loops over blocks: the routing, inputs in one block, precision of the products."""
+
+    routing: Routing
+    block_size: int
+    precision: lax.PrecisionLike
+
+    def arrange(self, inputs: jax.Array, weights: jax.Array) -> Blocks:
+        """Cuts into blocks; capsules of zero fill the last one, they couple but add nothing."""
+        batch, number, depth = inputs.shape
+        _, capsules, dim, _ = weights.shape
+        count = -(-number // self.block_size)
+        padding = (0, count * self.block_size - number)
+        inputs = jnp.pad(inputs, ((0, 0), padding, (0, 0)))
+        weights = jnp.pad(weights, (padding, (0, 0), (0, 0), (0, 0)))
+        return Blocks(
+            inputs.transpose(1, 2, 0).reshape(count, self.block_size, depth, batch),
+            weights.reshape(count, self.block_size, capsules, dim, depth)
+            .transpose(0, 2, 1, 4, 3)
+            .reshape(count, capsules, self.block_size * depth, dim),
+        )
+
+    def sum_votes(self, arranged: Blocks, direction: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+        """The coupled sum of votes, (batch, M, K), under the logits of V, (batch, M, K), or all alike."""
+        count, capsules, _, dim = arranged.weights.shape
+        v = None if direction is None else _batch_last(direction)
+
+        def step(index: jax.Array, total: jax.Array) -> jax.Array:
+            u, w = _take(arranged, index, dtype)
+            coupling = self._couple(None if v is None else self._project(w, v, u), u, w)
+            return total + self._product("mxk,mxb->mkb", w, _weigh(coupling, u, w), dtype)
+
+        zero = jnp.zeros((capsules, dim, arranged.inputs.shape[3]), dtype)
+        total = lax.fori_loop(0, count, step, common_variation(arranged.inputs, zero)[1])
+        return total.transpose(2, 0, 1)
+
+    def differentiate(
+        self, arranged: Blocks, direction: jax.Array | None, grad_sum: jax.Array, grads: Blocks | None
+    ) -> tuple[jax.Array | None, Blocks]:
+        """The gradient of V, (batch, M, K), and `grads` with those of the blocks added."""
+        dtype = grad_sum.dtype
+        g = _batch_last(grad_sum)
+        v = None if direction is None else _batch_last(direction)
+        constant = direction is None or self.routing.gradient == "last"
+        if grads is None:
+            grads = Blocks(*(jnp.zeros_like(array, dtype=dtype) for array in arranged))
+
+        def step(index: jax.Array, state: tuple[jax.Array, Blocks]) -> tuple[jax.Array, Blocks]:
+            grad_v, total = state
+            u, w = _take(arranged, index, dtype)
+            projected = None if v is None else self._project(w, v, u)
+            grad_projected = self._project(w, g, u)
+            coupling = self._couple(projected, u, w)
+            factors = [(coupling[:, :, None], grad_projected)]
+            grad_w = self._outer(_weigh(coupling, u, w), g)
+            if v is not None and projected is not None and not constant:
+                grad_logits = _softmax_vjp(coupling, _sum_products(2, (grad_projected, u[None])))
+                factors.append((grad_logits[:, :, None], projected))
+                weighted = _weigh(grad_logits, u, w)
+                grad_w += self._outer(weighted, v)
+                grad_v += self._product("mxk,mxb->mkb", w, weighted, dtype)
+            grad_u = _sum_products(0, *factors)
+            return grad_v, Blocks(total.inputs.at[index].add(grad_u), total.weights.at[index].add(grad_w))
+
+        grad_v, total = lax.fori_loop(0, arranged.inputs.shape[0], step, (jnp.zeros_like(g), grads))
+        return None if constant else grad_v.transpose(2, 0, 1), total
+
+    def restore(self, grads: Blocks, inputs: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gradients of the blocks in the shapes of inputs and weights."""
+        batch, number, depth = inputs.shape
+        _, capsules, dim, _ = weights.shape
+        parts = grads.weights.reshape(-1, capsules, self.block_size, depth, dim).transpose(0, 2, 1, 4, 3)
+        return (
+            grads.inputs.reshape(-1, depth, batch)[:number].transpose(2, 0, 1),
+            parts.reshape(-1, capsules, dim, depth)[:number],
+        )
+
+    def _couple(self, projected: jax.Array | None, u: jax.Array, w: jax.Array) -> jax.Array:
+        """Couplings (M, block, batch) from Wᵀ V; all 1 without it, which XLA then never multiplies by."""
+        if projected is None:
+            return jnp.ones((w.shape[0], u.shape[0], u.shape[2]), u.dtype)
+        return _softmax(_sum_products(2, (projected, u[None])), self.routing.leaky)
+
+    def _project(self, w: jax.Array, state: jax.Array, u: jax.Array) -> jax.Array:
+        """Wᵀ V for one block: (M, block, D, batch)."""
+        flat = self._product("mxk,mkb->mxb", w, state.astype(w.dtype), state.dtype)
+        return flat.reshape(state.shape[0], *u.shape)
+
+    def _outer(self, weighted: jax.Array, state: jax.Array) -> jax.Array:
+        """Gradient of W in ``Σ_j state_j · W_j (c_j u)`` from the ``c_j u``: (M, block · D, K)."""
+        return self._product("mxb,mkb->mxk", weighted, state.astype(weighted.dtype), state.dtype)
+
+    def _product(self, axes: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return jnp.einsum(axes, a, b, precision=self.precision, preferred_element_type=dtype)
+
+
 def route(inputs: jax.Array, weights: jax.Array, bias: jax.Array, streaming: Streaming) -> jax.Array:
     """Routes inputs (batch, N, D) through weights (N, M, K, D) to (batch, M, K) in the dtype of the bias."""
-    inputs, weights, bias = common_variation(inputs, weights, bias)
-    return _route(inputs, weights, bias, streaming)
+    return iterations.route_accumulating(inputs, weights, bias, streaming.routing, streaming)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _route(inputs: jax.Array, weights: jax.Array, bias: jax.Array, streaming: Streaming) -> jax.Array:
-    return _forward(inputs, weights, bias, streaming)[0]
+def _batch_last(state: jax.Array) -> jax.Array:
+    return state.transpose(1, 2, 0)
 
 
-def _forward(inputs: jax.Array, weights: jax.Array, bias: jax.Array, streaming: Streaming) -> tuple:
-    num_iters, leaky, _ = streaming.routing
-    offset = bias[:, :, None]
-    uniform = 1 / (weights.shape[1] + leaky)
-    total = jnp.einsum(
-        "bnd,nmkd->mkb",
-        inputs,
-        weights,
-        precision=streaming.precision,
-        preferred_element_type=bias.dtype,
-    )
-    sums = [total * uniform + offset]
-    output = squash(sums[0], 1)
-    directions: list[jax.Array] = []
-    blocks = _split(inputs, weights, streaming.block_size)
-    for _ in range(1, num_iters):
-        directions.append(directions[-1] + output if directions else output)
-        sums.append(_sum_pass(blocks, directions[-1], streaming) + offset)
-        output = squash(sums[-1], 1)
-    return output.transpose(2, 0, 1), (inputs, weights, bias, sums, directions)
+def _take(blocks: Blocks, index: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """One block: inputs (block, D, batch) in the accumulation dtype, weights (M, block · D, K) in their own."""
+    return blocks.inputs[index].astype(dtype), blocks.weights[index]
 
 
-def _backward(streaming: Streaming, residuals: tuple, grad: jax.Array) -> tuple:
-    inputs, weights, bias, sums, directions = residuals
-    num_iters, leaky, gradient = streaming.routing
-    uniform = 1 / (weights.shape[1] + leaky)
-    blocks = _split(inputs, weights, streaming.block_size)
-    grad_output = grad.transpose(1, 2, 0)
-    grad_bias = jnp.zeros_like(bias)
-    grad_inputs = jnp.zeros_like(inputs, dtype=bias.dtype)
-    grad_weights = jnp.zeros_like(weights, dtype=bias.dtype)
-    for iteration in reversed(range(num_iters)):
-        grad_sum = jax.vjp(lambda s: squash(s, 1), sums[iteration])[1](grad_output)[0]
-        grad_bias = grad_bias + jnp.sum(grad_sum, axis=2)
-        if iteration == 0:
-            spread = (grad_sum * uniform).astype(weights.dtype)
-            grad_inputs += _product("nmkd,mkb->bnd", weights, spread, bias.dtype, streaming)
-            grad_weights += _product("bnd,mkb->nmkd", inputs, spread, bias.dtype, streaming)
-            break
-        grad_direction, pass_inputs, pass_weights = _gradient_pass(
-            blocks, directions[iteration - 1], grad_sum, streaming
-        )
-        grad_inputs += _join_inputs(pass_inputs, inputs.shape)
-        grad_weights += _join_weights(pass_weights, weights.shape)
-        if gradient == "last":
-            break
-        # V of an iteration sums every output before it, so its gradient reaches all of them.
-        grad_output = grad_direction if iteration == num_iters - 1 else grad_output + grad_direction
-    return grad_inputs.astype(inputs.dtype), grad_weights.astype(weights.dtype), grad_bias
-
-
-_route.defvjp(_forward, _backward)
-
-
-def _sum_pass(blocks: _Blocks, direction: jax.Array, streaming: Streaming) -> jax.Array:
-    """One iteration: the coupled sum of votes, (M, K, batch), under the logits of V, (M, K, batch)."""
-    dtype = direction.dtype
-    capsules, _, batch = direction.shape
-
-    def step(total: jax.Array, block: _Blocks) -> tuple[jax.Array, None]:
-        u, w = block
-        projected = _project(w, direction, u.shape, streaming)
-        coupling = _couple(jnp.sum(projected * u[None], axis=2), streaming.routing.leaky)
-        coupled = (coupling[:, :, None] * u[None]).astype(w.dtype).reshape(capsules, -1, batch)
-        return total + _product("mxk,mxb->mkb", w, coupled, dtype, streaming), None
-
-    return lax.scan(step, jnp.zeros_like(direction), blocks)[0]
-
-
-def _gradient_pass(
-    blocks: _Blocks, direction: jax.Array, grad_sum: jax.Array, streaming: Streaming
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of V and of the blocks' inputs and weights from the gradient of the coupled sum."""
-    dtype = direction.dtype
-    capsules, _, batch = direction.shape
-
-    def step(grad_direction: jax.Array, block: _Blocks) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        u, w = block
-        projected = _project(w, direction, u.shape, streaming)
-        grad_projected = _project(w, grad_sum, u.shape, streaming)
-        coupling = _couple(jnp.sum(projected * u[None], axis=2), streaming.routing.leaky)
-        grad_u = jnp.sum(coupling[:, :, None] * grad_projected, axis=0)
-        coupled = (coupling[:, :, None] * u[None]).astype(w.dtype).reshape(capsules, -1, batch)
-        grad_w = _product("mxb,mkb->mxk", coupled, grad_sum.astype(w.dtype), dtype, streaming)
-        if streaming.routing.gradient == "full":
-            grad_logits = _softmax_vjp(coupling, jnp.sum(grad_projected * u[None], axis=2))
-            grad_u += jnp.sum(grad_logits[:, :, None] * projected, axis=0)
-            weighted = (grad_logits[:, :, None] * u[None]).astype(w.dtype).reshape(capsules, -1, batch)
-            grad_w += _product("mxb,mkb->mxk", weighted, direction.astype(w.dtype), dtype, streaming)
-            grad_direction += _product("mxk,mxb->mkb", w, weighted, dtype, streaming)
-        return grad_direction, (grad_u, grad_w)
-
-    grad_direction, (grad_inputs, grad_weights) = lax.scan(step, jnp.zeros_like(direction), blocks)
-    return grad_direction, grad_inputs, grad_weights
-
-
-def _couple(logits: jax.Array, leaky: bool) -> jax.Array:
-    """Softmax over the capsules on axis 0; a leaky one adds a capsule of logit zero that receives nothing."""
+def _softmax(logits: jax.Array, leaky: bool) -> jax.Array:
+    """Over the capsules on axis 0; a leaky one adds a capsule of logit zero that receives nothing."""
     peak = jnp.max(logits, axis=0, keepdims=True)
     peak = jnp.maximum(peak, 0) if leaky else peak
     raised = jnp.exp(logits - peak)
@@ -153,44 +152,24 @@ def _couple(logits: jax.Array, leaky: bool) -> jax.Array:
 
 
 def _softmax_vjp(coupling: jax.Array, grad: jax.Array) -> jax.Array:
-    """Gradient of the logits of `_couple`; it is the same one with and without the leak."""
+    """Gradient of the logits of `_softmax`; it is the same one with and without the leak."""
     weighted = coupling * grad
     return weighted - coupling * jnp.sum(weighted, axis=0, keepdims=True)
 
 
-def _project(weights: jax.Array, direction: jax.Array, shape: tuple, streaming: Streaming) -> jax.Array:
-    """Wᵀ V for one block: (M, block, D, batch)."""
-    flat = _product("mxk,mkb->mxb", weights, direction.astype(weights.dtype), direction.dtype, streaming)
-    return flat.reshape(direction.shape[0], *shape)
+def _weigh(coupling: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
+    """Coupling (M, block, batch) times inputs (block, D, batch), as (M, block · D, batch) in the weights' dtype."""
+    weighted = coupling[:, :, None] * u[None]
+    return weighted.reshape(w.shape[0], w.shape[1], -1).astype(w.dtype)
 
 
-def _product(axes: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype, streaming: Streaming) -> jax.Array:
-    return jnp.einsum(axes, a, b, precision=streaming.precision, preferred_element_type=dtype)
-
-
-def _split(inputs: jax.Array, weights: jax.Array, block: int) -> _Blocks:
-    """Cuts the inputs into blocks; capsules of zero fill the last one, they couple but add nothing."""
-    batch, number, depth = inputs.shape
-    _, capsules, dim, _ = weights.shape
-    count = -(-number // block)
-    padding = count * block - number
-    inputs = jnp.pad(inputs, ((0, 0), (0, padding), (0, 0)))
-    weights = jnp.pad(weights, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    return _Blocks(
-        inputs.transpose(1, 2, 0).reshape(count, block, depth, batch),
-        weights.reshape(count, block, capsules, dim, depth)
-        .transpose(0, 2, 1, 4, 3)
-        .reshape(count, capsules, block * depth, dim),
+def _sum_products(axis: int, *factors: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Sum over an axis of all ``a · b``; both are as long there, and the other axes broadcast."""
+    count = factors[0][0].shape[axis]
+    if count > _MOST_TERMS:
+        return jnp.sum(functools.reduce(jnp.add, (a * b for a, b in factors)), axis=axis)
+    take = functools.partial(lax.index_in_dim, axis=axis, keepdims=False)
+    return functools.reduce(
+        jnp.add,
+        (functools.reduce(jnp.add, (take(a, n) * take(b, n) for a, b in factors)) for n in range(count)),
     )
-
-
-def _join_inputs(blocks: jax.Array, shape: tuple) -> jax.Array:
-    batch, number, depth = shape
-    return blocks.reshape(-1, depth, batch)[:number].transpose(2, 0, 1)
-
-
-def _join_weights(blocks: jax.Array, shape: tuple) -> jax.Array:
-    number, capsules, dim, depth = shape
-    count = blocks.shape[0]
-    parts = blocks.reshape(count, capsules, -1, depth, dim).transpose(0, 2, 1, 4, 3)
-    return parts.reshape(-1, capsules, dim, depth)[:number]
