@@ -46,8 +46,13 @@ class _Layer(NamedTuple):
 
     @property
     def window(self) -> Window:
-        """The convolution of one tile, whose pixels come padded."""
-        return Window(stride=self.step, precision=self.precision)
+        """The convolution of one tile, whose pixels come with the rows of zeros around them.
+
+        It adds the columns of zeros itself, so that no gradient is computed for them; only the phases of a
+        transposed one, each with columns of its own, read those from the image.
+        """
+        columns = (0, 0) if self.geometry.transpose else self.geometry.padding[1]
+        return Window(self.step, ((0, 0), columns), self.precision)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,11 +80,11 @@ class _Layer(NamedTuple):
         return np.minimum(tap, window)
 
     def offsets(self, axis: int) -> np.ndarray:
-        """Pixel (row for axis 0, else column) that the first window of each phase begins with, (side,)."""
+        """Pixel (row for axis 0, else column) that the first tile of each phase begins with, (side,)."""
         _, stride, transpose, padding, _ = self.geometry
         first = padding[axis][0]
         if not transpose:
-            return np.array([-first])
+            return np.array([-first if axis == 0 else 0])
         phase = np.arange(stride)
         return (phase + (first - phase) % stride - first) // stride
 
@@ -237,10 +242,11 @@ def _start(layer: _Layer, number: jax.Array) -> tuple:
 def _read(padded: list[jax.Array], start: tuple, layer: _Layer) -> jax.Array:
     """The pixels (images, I, rows, columns, A) of one tile."""
     taps = layer.taps.shape[1]
-    span, width = ((length - 1) * layer.step + taps for length in (layer.rows, layer.grid[1]))
+    span = (layer.rows - 1) * layer.step + taps
     parts = []
     for array in padded:
-        _, types, _, _, depth = array.shape
+        _, types, _, width, depth = array.shape
+        width = layer.grid[1] + taps - 1 if layer.geometry.transpose else width
         parts.append(lax.dynamic_slice(array, start, (layer.images, types, span, width, depth)))
     return jnp.concatenate(parts, axis=1)
 
@@ -263,15 +269,15 @@ def _arrange(kernel: jax.Array, layer: _Layer) -> jax.Array:
 
 def _pad(inputs: jax.Array, layer: _Layer) -> jax.Array:
     """Adds the zeros that windows at the border see, and images and rows of zeros that fill the last tile."""
-    batch, _, height, width, _ = inputs.shape
-    padding = []
-    for length, windows, offsets in (
-        (height, layer.strips * layer.rows, layer.offsets(0)),
-        (width, layer.grid[1], layer.offsets(1)),
-    ):
-        end = offsets.max() + (windows - 1) * layer.step + layer.taps.shape[1]
+    batch, _, *size, _ = inputs.shape
+    # The convolution of an ordinary tile adds the columns itself.
+    windows = (layer.strips * layer.rows, layer.grid[1]) if layer.geometry.transpose else (layer.strips * layer.rows,)
+    padding = [(0, 0, 0), (0, 0, 0)]
+    for axis, number in enumerate(windows):
+        offsets = layer.offsets(axis)
+        end = int(offsets.max()) + (number - 1) * layer.step + layer.taps.shape[1]
         # A stride or a valid padding may leave pixels that no window sees.
-        padding.append((int(-offsets.min()), int(max(end - length, 0)), 0))
+        padding[axis] = (-int(offsets.min()), max(end - size[axis], 0), 0)
     filling = (0, -batch % layer.images, 0)
     return lax.pad(inputs, jnp.zeros((), inputs.dtype), [filling, (0, 0, 0), *padding, (0, 0, 0)])
 
