@@ -18,8 +18,9 @@ EPS = 1e-6
 
 
 def _draw(shapes, dtype):
-    keys = jax.random.split(jax.random.key(23), len(shapes))
-    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    # NumPy draws, for JAX would compile a generator for every shape.
+    generator = np.random.default_rng(23)
+    return [jnp.asarray(generator.standard_normal(shape), dtype) for shape in shapes]
 
 
 def _votes(case: cases.Votes, dtype=jnp.float32):
@@ -41,15 +42,25 @@ def _run(operator, arguments, **options):
         return jax.jit(functools.partial(operator, **options))(*arguments)
 
 
-def _gradients(operator, implementation, arguments, **options):
+@functools.cache
+def _stored(operator):
+    return jax.jit(functools.partial(operator, implementation="reference"))
+
+
+@functools.cache
+def _gradient(operator, implementation, **options):
+    """Loss and outputs, and the gradients of all arguments; compiled once for every shape."""
+
     def loss(*arguments):
         poses, activations = operator(*arguments, implementation=implementation, **options)
         # A sum of different weights, lest symmetric mistakes cancel.
-        return jnp.sum(jnp.sin(3 * poses)) + jnp.sum(
+        total = jnp.sum(jnp.sin(3 * poses)) + jnp.sum(
             jnp.cos(5 * activations + jnp.arange(activations.size).reshape(activations.shape))
         )
+        return total, (poses, activations)
 
-    return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments)))))(*arguments)
+    count = 4 if operator is em_routing else 5
+    return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(count)), has_aux=True))
 
 
 def _route_by_hand(votes, activations, beta_a, beta_u, num_iters, final_lambda=0.01):
@@ -123,41 +134,42 @@ def test_gradient_agrees_with_finite_differences(operator, implementation):
     check_grads(jax.jit(route), arguments, order=1, modes=["rev"], eps=1e-5)
 
 
+# Few shapes, lest each example compile the reference anew.
 @settings(max_examples=3, deadline=None)
 @given(
-    st.lists(st.integers(1, 5), max_size=2),
-    st.integers(1, 7),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.integers(1, 3),
+    st.sampled_from([cases.Votes((3, 2), 7, 3, 2), cases.Votes((5,), 4, 1, 4, 2), cases.Votes((), 5, 4, 1)]),
     st.integers(1, 6),
     st.integers(0, 4),
 )
-def test_tiled_gradients_equal_those_of_all_votes_at_once(positions, inputs, outputs, dim, iters, block, small):
-    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+def test_tiled_gradients_equal_those_of_all_votes_at_once(enable_double_precision, case, block, small):
+    with enable_double_precision(), pytest.MonkeyPatch.context() as patch:
         # A working set of few votes, so that blocks of inputs neither cover all nor always divide them.
-        patch.setattr("capsfl_kernels.em.api.working_set", lambda **_: 8 * outputs * dim * (1 + small) * block)
-        arguments = _votes(cases.Votes(tuple(positions), inputs, outputs, dim), jnp.float64)
-        expected = _gradients(em_routing, "reference", arguments, num_iters=iters)
-        got = _gradients(em_routing, "streamed", arguments, num_iters=iters, block_size=block)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), got, expected)
+        vote = 8 * case.outputs * case.dim
+        patch.setattr("capsfl_kernels.em.api.working_set", lambda **_: vote * (1 + small) * block)
+        arguments = _votes(case, jnp.float64)
+        expected = _gradient(em_routing, "reference", num_iters=case.num_iters)(*arguments)
+        # Compiled anew, for what is cached was compiled under another working set.
+        streamed = _gradient.__wrapped__(em_routing, "streamed", num_iters=case.num_iters, block_size=block)
+        _close(streamed(*arguments), expected)
 
 
 @settings(max_examples=3, deadline=None)
 @given(
-    st.integers(1, 3),
-    st.integers(1, 7),
-    st.integers(1, 4),
-    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
-    st.integers(1, 3),
+    st.sampled_from(
+        [cases.Capsules(2, 7, 3, 2, 1, 3), cases.Capsules(3, 4, 1, 1, 3, 2, 2), cases.Capsules(1, 5, 4, 3, 2, 1)]
+    ),
     st.integers(1, 8),
 )
-def test_streamed_gradients_equal_those_of_stored_votes(batch, inputs, outputs, sizes, iters, block):
-    with jax.enable_x64(True):
-        arguments = _capsules(cases.Capsules(batch, inputs, outputs, *sizes), jnp.float64)
-        expected = _gradients(em_capsules, "reference", arguments, num_iters=iters)
-        got = _gradients(em_capsules, "streamed", arguments, num_iters=iters, block_size=block)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), got, expected)
+def test_streamed_gradients_equal_those_of_stored_votes(enable_double_precision, case, block):
+    with enable_double_precision():
+        arguments = _capsules(case, jnp.float64)
+        expected = _gradient(em_capsules, "reference", num_iters=case.num_iters)(*arguments)
+        got = _gradient(em_capsules, "streamed", num_iters=case.num_iters, block_size=block)(*arguments)
+        _close(got, expected)
+
+
+def _close(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), got, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -172,7 +184,7 @@ def test_degenerate_votes_have_finite_values_and_gradients(trouble, implementati
         activations = jnp.zeros_like(activations).at[..., 0].set(1)
     else:
         votes = votes.at[..., 0, :, :].mul(1e4)
-    value, grads = _gradients(em_routing, implementation, (votes, activations, beta_a, beta_u))
+    (value, _), grads = _gradient(em_routing, implementation)(votes, activations, beta_a, beta_u)
     assert np.isfinite(value)
     assert all(np.isfinite(grad).all() for grad in grads)
 
@@ -181,7 +193,7 @@ def test_degenerate_votes_have_finite_values_and_gradients(trouble, implementati
 def test_capsules_without_pose_and_activation_have_finite_gradients(implementation):
     poses, activations, weights, beta_a, beta_u = _capsules(cases.TINY_CAPSULES)
     nothing = jnp.zeros_like(poses), jnp.zeros_like(activations), weights, beta_a, beta_u
-    value, grads = _gradients(em_capsules, implementation, nothing)
+    (value, _), grads = _gradient(em_capsules, implementation)(*nothing)
     assert np.isfinite(value)
     assert all(np.isfinite(grad).all() for grad in grads)
     np.testing.assert_array_equal(grads[0], jnp.zeros_like(poses))
@@ -207,13 +219,12 @@ def test_bfloat16_is_computed_in_float32(implementation):
     arguments = (poses, activations, weights, beta_a, beta_u)
     wide = tuple(a.astype(jnp.float32) for a in arguments)
     got = _run(em_capsules, arguments, implementation=implementation, block_size=5)
-    expected = _run(em_capsules, wide, implementation="reference")
-    for short, long in zip(got, expected, strict=True):
+    for short, long in zip(got, _stored(em_capsules)(*wide), strict=True):
         assert short.dtype == jnp.bfloat16
         np.testing.assert_allclose(short.astype(jnp.float32), long, atol=0.02)
     votes = jnp.einsum("bipq,ijqr->bijpr", poses, weights).reshape(3, 24, 4, 4)
     routed = _run(em_routing, (votes, activations, beta_a, beta_u), implementation=implementation)
-    expected = _run(em_routing, (votes.astype(jnp.float32), wide[1], *wide[3:]), implementation="reference")
+    expected = _stored(em_routing)(votes.astype(jnp.float32), wide[1], *wide[3:])
     for short, long in zip(routed, expected, strict=True):
         assert short.dtype == jnp.bfloat16
         np.testing.assert_allclose(short.astype(jnp.float32), long, atol=0.02)
@@ -244,7 +255,7 @@ def test_temporary_memory_is_at_most_a_fifth_of_the_reference(operator, make, ca
 def test_any_number_of_batch_axes():
     poses, activations, weights, *betas = _capsules(cases.TINY_CAPSULES)
     for implementation in IMPLEMENTATIONS:
-        flat = _run(em_capsules, (poses, activations, weights, *betas), implementation=implementation)
+        (_, flat), _ = _gradient(em_capsules, implementation)(poses, activations, weights, *betas)
         axes = _run(em_capsules, (poses[:, None], activations[:, None], weights, *betas), implementation=implementation)
         alone = _run(em_capsules, (poses[1], activations[1], weights, *betas), implementation=implementation)
         for one, many, single in zip(flat, axes, alone, strict=True):

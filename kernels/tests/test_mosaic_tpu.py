@@ -19,13 +19,19 @@ UNEVEN = cases.Case(batch=3, inputs=21, depth=4, capsules=3, dim=5, num_iters=2)
 UNPOLISHED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def _arguments(case: cases.Case, dtype=jnp.float32, scale=1.0):
-    keys = jax.random.split(jax.random.key(7), 3)
+def _shapes(case: cases.Case, dtype):
     return (
-        jax.random.normal(keys[0], (case.batch, case.inputs, case.depth), dtype),
-        (scale * jax.random.normal(keys[1], (case.inputs, case.capsules, case.dim, case.depth))).astype(dtype),
-        jax.random.normal(keys[2], (case.capsules, case.dim)),
+        jax.ShapeDtypeStruct((case.batch, case.inputs, case.depth), dtype),
+        jax.ShapeDtypeStruct((case.inputs, case.capsules, case.dim, case.depth), dtype),
+        jax.ShapeDtypeStruct((case.capsules, case.dim), jnp.float32),
     )
+
+
+def _arguments(case: cases.Case, dtype=jnp.float32, scale=1.0):
+    # NumPy draws, for JAX would compile a generator for every shape.
+    generator = np.random.default_rng(7)
+    inputs, weights, bias = (generator.standard_normal(shape.shape) for shape in _shapes(case, dtype))
+    return jnp.asarray(inputs, dtype), jnp.asarray(scale * weights, dtype), jnp.asarray(bias, jnp.float32)
 
 
 def _route(routing, **options):
@@ -93,7 +99,8 @@ def test_value_and_gradients_are_those_of_stored_votes(case, leaky, gradient):
 
 
 def _plan(case, block_size):
-    return mosaic_tpu._plan(*case[:2], case.capsules, case.dim, case.depth, jnp.dtype(jnp.float32), block_size)
+    sizes = (case.batch, case.inputs, case.capsules, case.dim, case.depth)
+    return mosaic_tpu._plan(*sizes, jnp.dtype(jnp.float32), block_size)
 
 
 def test_blocks_of_any_size_add_up():
@@ -173,20 +180,18 @@ def test_value_and_gradient_lower_for_a_tpu(case, dtype):
     def loss(inputs, weights, bias):
         return jnp.sum(mosaic_tpu.route(inputs, weights, bias, Routing(3, False, "full")))
 
-    shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in jax.eval_shape(lambda: _arguments(case, dtype))]
     exported = jax.export.export(
         jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))),
         platforms=["tpu"],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call")],
-    )(*shapes)
+    )(*_shapes(case, dtype))
     # Two further iterations, each with a kernel of sums and one of gradients.
     assert exported.mlir_module().count("tpu_custom_call") == 4
 
 
 def test_float32_products_are_exact_unless_precision_asks_for_less():
     def text(precision, dtype=jnp.float32):
-        shapes = jax.eval_shape(lambda: _arguments(cases.TINY, dtype))
-        return str(jax.make_jaxpr(_route(Routing(2, False, "full"), precision=precision))(*shapes))
+        return str(jax.make_jaxpr(_route(Routing(2, False, "full"), precision=precision))(*_shapes(cases.TINY, dtype)))
 
     assert "Precision.HIGHEST" in text(None)
     assert "Precision.HIGHEST" in text("high")

@@ -27,16 +27,15 @@ ITERATIONS = 2
 
 
 def _stack(*shapes):
-    keys = jax.random.split(jax.random.key(17), len(shapes))
-    return tuple(jax.random.normal(k, (HOSPITALS, *s)) for k, s in zip(keys, shapes, strict=True))
+    # NumPy draws, for JAX would compile a generator for every shape.
+    generator = np.random.default_rng(17)
+    return tuple(jnp.asarray(generator.standard_normal((HOSPITALS, *shape)), jnp.float32) for shape in shapes)
 
 
 def _em_routing(votes, beta_a, beta_u, *, implementation):
     """EM routing whose activations are read off the votes, poses and activations in one array."""
     activations = jax.nn.sigmoid(votes[..., 0, 0])
-    poses, active = em_routing(
-        votes, activations, beta_a, beta_u, num_iters=ITERATIONS, implementation=implementation
-    )
+    poses, active = em_routing(votes, activations, beta_a, beta_u, num_iters=ITERATIONS, implementation=implementation)
     return jnp.concatenate([poses, active[..., None]], axis=-1)
 
 
@@ -50,9 +49,15 @@ def _em_capsules(inputs, weights, beta_a, beta_u, *, implementation):
 
 
 OPERATORS = {
-    "dynamic_routing": (functools.partial(dynamic_routing, num_iters=ITERATIONS), _stack((2, 5, 3), (5, 4, 6, 3), (4, 6))),
+    "dynamic_routing": (
+        functools.partial(dynamic_routing, num_iters=ITERATIONS),
+        _stack((2, 5, 3), (5, 4, 6, 3), (4, 6)),
+    ),
     "route_votes": (functools.partial(route_votes, num_iters=ITERATIONS), _stack((7, 4, 3, 5), (3, 5))),
-    "conv_capsules": (functools.partial(conv_capsules, num_iters=ITERATIONS), _stack((2, 3, 6, 5, 2), (3, 3, 2, 2, 3), (2, 3))),
+    "conv_capsules": (
+        functools.partial(conv_capsules, num_iters=ITERATIONS),
+        _stack((2, 3, 6, 5, 2), (3, 3, 2, 2, 3), (2, 3)),
+    ),
     "self_attention_routing": (self_attention_routing, _stack((2, 5, 3), (5, 4, 6, 3), (5, 4))),
     "em_routing": (_em_routing, _stack((7, 4, 3, 5), (3,), (3,))),
     "em_capsules": (_em_capsules, _stack((2, 5, 2, 3), (5, 3, 3, 2), (3,), (3,))),

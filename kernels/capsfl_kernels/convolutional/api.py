@@ -66,7 +66,7 @@ def conv_capsules(
     Raises:
         ValueError: a shape, dtype or choice is impossible; the message names it.
     """
-    arrays = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    arrays = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
     if not arrays:
         raise ValueError("conv_capsules: inputs is an empty sequence; it needs at least one array")
     first = arrays[0]
