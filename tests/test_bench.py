@@ -183,8 +183,9 @@ def test_a_peer_whose_results_differ_or_that_dies_is_no_peer(tmp_path):
         sitting = routing._Sitting("dynamic_routing", DENSE, "small", False, peer, True)
         rows = sitting.measure(skipped)
         assert {row["implementation"] for row in rows} == {"reference", "streamed"}
-        assert [row["implementation"] for row in skipped] == ["torch eager", "torch.compile"]
-        assert "not the same work" in skipped[0]["reason"]
+        peers = [row for row in skipped if not row["implementation"].startswith("mosaic")]
+        assert [row["implementation"] for row in peers] == ["torch eager", "torch.compile"]
+        assert "not the same work" in peers[0]["reason"]
         with pytest.raises(PeerError, match="its process has ended"):
             peer.run("torch eager")
 

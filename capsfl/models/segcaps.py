@@ -7,12 +7,10 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 from flax import nnx
 from jax import Array
-from jax import numpy as jnp
 from pydantic import Field
 
 from capsfl.models.layers import Conv, ConvCapsules, capsule_lengths
 from capsfl.settings import Settings
-
 
 # Rows of the image that the reconstruction head handles at once.
 _RECONSTRUCTED_ROWS = 8

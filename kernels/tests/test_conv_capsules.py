@@ -97,10 +97,12 @@ def test_streamed_gradient_agrees_with_finite_differences(case):
     st.sampled_from(["full", "last"]),
     st.integers(1, 4),
 )
-def test_streamed_gradients_equal_stored_votes(size, types, window, strides, transpose, padding, gradient, block):
+def test_streamed_gradients_equal_stored_votes(
+    enable_double_precision, size, types, window, strides, transpose, padding, gradient, block
+):
     assume(padding == "SAME" or transpose or window <= min(size))
     case = cases.Case(size, types, 2, window, 2, 3, strides, transpose, padding, num_iters=2)
-    with jax.enable_x64(True):
+    with enable_double_precision():
         arguments = _arguments(case, jnp.float64, leading=(1,))
         expected = _gradients("reference", case, arguments, gradient=gradient)
         got = _gradients("streamed", case, arguments, gradient=gradient, block_size=block)

@@ -76,8 +76,10 @@ def test_full_gradient_agrees_with_finite_differences(implementation, leaky):
     st.sampled_from(["full", "last"]),
     st.integers(1, 10),
 )
-def test_streamed_gradients_equal_stored_votes(batch, inputs, depth, capsules, dim, iters, leaky, gradient, block):
-    with jax.enable_x64(True):
+def test_streamed_gradients_equal_stored_votes(
+    enable_double_precision, batch, inputs, depth, capsules, dim, iters, leaky, gradient, block
+):
+    with enable_double_precision():
         arguments = _arguments(cases.Case(batch, inputs, depth, capsules, dim), jnp.float64)
         options = {"num_iters": iters, "leaky": leaky, "gradient": gradient}
         expected = _gradients("reference", arguments, **options)
