@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from capsfl_kernels.dynamic import bfloat16, cases, mosaic_gpu, reference
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 from jax import lax
 
 pytest.importorskip("absl", reason="Pallas for Mosaic GPU needs absl-py, which is not installed")

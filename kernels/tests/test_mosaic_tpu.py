@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from capsfl_kernels.dynamic import cases, mosaic_tpu, reference
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 from jax import lax
 
 # Two splits of several blocks, the last one partly padding.

@@ -17,7 +17,7 @@ from capsfl_kernels.arguments import (
     working_set,
 )
 from capsfl_kernels.dynamic import mosaic_gpu, mosaic_tpu, reference, streamed
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 
 
 def dynamic_routing(

@@ -14,7 +14,7 @@ from jax import lax
 
 from capsfl_kernels.arguments import common_variation
 from capsfl_kernels.squash import squash
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 
 
 class Passes(Protocol):

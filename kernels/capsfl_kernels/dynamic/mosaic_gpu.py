@@ -22,7 +22,7 @@ from capsfl_kernels.dynamic.mosaic_gpu_gradients import gradient_kernel, gradien
 from capsfl_kernels.dynamic.mosaic_gpu_sums import sum_kernel, sum_scratch
 from capsfl_kernels.dynamic.precision import resolve_precision
 from capsfl_kernels.dynamic.warpgroup import COLUMNS, ROWS, Plan
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 
 # Two thread blocks on each of the 132 processors of an H100 or H200 hide each other's waits.
 _THREAD_BLOCKS = 264

@@ -17,7 +17,7 @@ from jax import lax
 from capsfl_kernels.dynamic import iterations
 from capsfl_kernels.dynamic.mosaic_tpu_kernels import LANES, Plan, gradient_kernel, sum_kernel
 from capsfl_kernels.dynamic.precision import resolve_precision
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 
 # Two cores share a chip (v4, v5p, v7x): each takes half of the blocks. A chip with one core runs them in turn.
 _SPLITS = 2

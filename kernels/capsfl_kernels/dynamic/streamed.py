@@ -17,7 +17,7 @@ from jax import lax
 
 from capsfl_kernels.arguments import common_variation
 from capsfl_kernels.dynamic import iterations
-from capsfl_kernels.votes.streamed import Routing
+from capsfl_kernels.votes.tile import Routing
 
 # A sum of so few terms is written out: XLA:CPU then runs along the batch in vectors, as it does not in a fused
 # reduction. Long ones are not: with M = 100 terms the gradient took nearly twice the time of a plain sum.
