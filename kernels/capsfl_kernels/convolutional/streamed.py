@@ -116,7 +116,7 @@ def route(
 def _choose_tile(layer: _Layer, batch: int, types: int, bias: jax.Array, block_size: int | None) -> _Layer:
     """Sets images and rows of a tile so that its votes fit the working set."""
     height, width = layer.grid
-    budget = working_set(cpu=2 << 20, accelerator=256 << 20)
+    budget = working_set(cpu=3 << 20, accelerator=256 << 20)
     affordable = max(1, budget // (bias.dtype.itemsize * types * width * bias.size))
     rows = min(block_size or affordable, height)
     images = _largest_divisor(batch, affordable // height) if rows == height else 1
