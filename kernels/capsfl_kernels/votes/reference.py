@@ -18,10 +18,12 @@ def route(votes: jax.Array, bias: jax.Array, *, num_iters: int, leaky: bool, gra
         last = iteration == num_iters - 1
         seen, offset = (votes, bias) if last else (inner, inner_bias)
         if logits is None:
-            # Equal logits couple equally; a softmax of zeros would cost XLA minutes of constant folding.
-            total = jnp.sum(seen, axis=1) / (capsules + leaky)
+            # Equal logits couple equally; a softmax of zeros would cost XLA minutes of constant folding. As a
+            # product this sum takes half the time that XLA:CPU takes over `jnp.sum` (measured: 300 against 490 ms).
+            coupling = jnp.full(votes.shape[:3], 1 / (capsules + leaky), votes.dtype)
         else:
-            total = jnp.einsum("pim,pimk->pmk", _softmax(logits, leaky), seen)
+            coupling = _softmax(logits, leaky)
+        total = jnp.einsum("pim,pimk->pmk", coupling, seen)
         output = squash(total + offset[None])
         if last:
             return output
