@@ -120,6 +120,7 @@ class Checkpoints:
             _like(like.parameters, items.state["parameters"]),
             _like(like.server, items.state.get("server") or {}),
             jnp.asarray(items.state["round"]),
+            None if like.controls is None else _like(like.controls, items.state["controls"]),
         )
         return Restored(state, items.accountant, np.asarray(items.ledger["log"], np.uint8).tobytes())
 
@@ -227,11 +228,12 @@ def _cause(error: Exception) -> str:
 
 def _plain(state: RoundState) -> dict[str, Any]:
     """The state as dictionaries of arrays, whose names on disk do not depend on library classes."""
-    return {
+    plain = {
         "parameters": _by_path(state.parameters),
         "round": state.round,
         "server": _by_path(state.server),
     }
+    return plain if state.controls is None else plain | {"controls": _by_path(state.controls)}
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Federated rounds over hospitals simulated as vmapped, masked shards."""
 
-from capsfl.federated.aggregation import ServerConfig as ServerConfig
 from capsfl.federated.devices import DevicesConfig as DevicesConfig
 from capsfl.federated.federate import Federated as Federated
 from capsfl.federated.federate import federate as federate
@@ -10,3 +9,4 @@ from capsfl.federated.federation import RoundsConfig as RoundsConfig
 from capsfl.federated.hospitals import Hospitals as Hospitals
 from capsfl.federated.hospitals import stack_hospitals as stack_hospitals
 from capsfl.federated.local import LocalConfig as LocalConfig
+from capsfl.federated.server import ServerConfig as ServerConfig

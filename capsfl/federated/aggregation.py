@@ -1,31 +1,70 @@
-"""The server's step: an optax optimizer that reads the noised mean update as a negative gradient."""
+"""How a cohort's clipped updates become one: the sum that the privacy statement is about, or a robust rule."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-import optax
+import jax
 from pydantic import Field
 
+from capsfl.federated import robust
+from capsfl.privacy.events import PrivacyError
+from capsfl.privacy.plan import PrivacyPlan
 from capsfl.settings import Settings
 
 
-class ServerConfig(Settings):
-    """The server optimizer (Reddi et al., Adaptive Federated Optimization, 2021)."""
+class AggregationConfig(Settings):
+    """The rule by which updates are combined."""
 
-    optimizer: Literal["sgd", "momentum", "adam", "yogi", "adagrad"] = "sgd"
-    """`sgd` with learning rate 1 is federated averaging."""
-    learning_rate: float = Field(default=1.0, gt=0)
-    """Step size of the server."""
+    rule: Literal["mean", "weighted", "median", "trimmed_mean", "krum", "multi_krum"] = "mean"
+    """`mean` divides the sum by the expected cohort; the others withstand liars or count records, without noise."""
+    trim: float = Field(default=0.1, ge=0, lt=0.5)
+    """Share of the cohort that `trimmed_mean` leaves out at each end."""
+    byzantine: int = Field(default=0, ge=0)
+    """f, how many liars `krum` and `multi_krum` withstand; they need 2 f + 3 hospitals."""
+    selected: int = Field(default=2, ge=1)
+    """Updates that `multi_krum` averages."""
 
 
-def make_server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
-    """Builds the server optimizer; feed it minus the mean update."""
-    rate = config.learning_rate
-    if config.optimizer == "momentum":
-        return optax.sgd(rate, momentum=0.9)
-    if config.optimizer == "adam":
-        return optax.adam(rate, b2=0.99, eps=1e-3)
-    if config.optimizer == "yogi":
-        return optax.yogi(rate, eps=1e-3)
-    if config.optimizer == "adagrad":
-        return optax.adagrad(rate)
-    return optax.sgd(rate)
+Rule = Callable[[Any, jax.Array, jax.Array], Any]
+"""`(updates (slots, ...), counts (slots,), mask (slots,)) -> update`; a masked slot has no say."""
+
+
+def make_rule(config: AggregationConfig, plan: PrivacyPlan) -> Rule | None:
+    """Builds the rule over stacked updates; None for the sum, which needs no stack.
+
+    Raises:
+        PrivacyError: the plan adds noise, which is calibrated to a sum, or its cohort is too small for the rule.
+    """
+    if config.rule == "mean":
+        return None
+    if plan.config.noise_multiplier > 0:
+        raise PrivacyError(
+            "aggregation.rule",
+            config.rule,
+            f"{robust.PRIVACY[_described(config.rule)]}; choose mean, or set privacy.noise_multiplier to 0",
+        )
+    if config.rule == "weighted":
+        return lambda updates, counts, mask: robust.weighted_mean(updates, counts.astype("float32"), mask)
+    if config.rule == "median":
+        return lambda updates, counts, mask: robust.coordinate_median(updates, mask)
+    if config.rule == "trimmed_mean":
+        return lambda updates, counts, mask: robust.trimmed_mean(updates, mask, trim=config.trim)
+    selected = 1 if config.rule == "krum" else config.selected
+    if plan.num_slots < 2 * config.byzantine + 3:
+        raise PrivacyError(
+            "aggregation.byzantine",
+            config.byzantine,
+            f"{config.rule} needs 2 f + 3 hospitals in a round and has {plan.num_slots}; lower it or draw more",
+        )
+    if selected > plan.num_slots - config.byzantine - 2:
+        raise PrivacyError(
+            "aggregation.selected",
+            selected,
+            f"multi_krum averages at most cohort - f - 2 = {plan.num_slots - config.byzantine - 2} updates",
+        )
+    return lambda updates, counts, mask: robust.krum(updates, mask, byzantine=config.byzantine, selected=selected)
+
+
+def _described(rule: str) -> str:
+    names = {"weighted": "weighted_mean", "median": "coordinate_median", "multi_krum": "krum"}
+    return names.get(rule, rule)

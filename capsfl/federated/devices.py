@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pydantic import Field
 
+from capsfl.federated.aggregation import Rule
 from capsfl.federated.local import LocalResult
-from capsfl.federated.round import CohortRecords, Mechanism, RoundState, SlotMetrics, make_round
+from capsfl.federated.round import CohortRecords, RoundMetrics, RoundState, Setting, SlotMetrics, make_round
 from capsfl.privacy.plan import PrivacyPlan
 from capsfl.settings import Settings
 
@@ -32,20 +33,24 @@ class CohortProgram:
 
     Args:
         local_update: training of one hospital.
-        server_optimizer: the server's step.
+        server_optimizer: `learning_rate -> optimizer`, the server's step.
         plan: sampler and noise; its slots are padded to fill the devices.
         config: layout.
         devices: defaults to all local devices (the first one for `single`).
+        rule: robust rule over the stacked updates; None for the sum.
+        spread: whether the moments of the updates are measured.
     """
 
     def __init__(
         self,
         local_update: Callable[..., LocalResult],
-        server_optimizer: optax.GradientTransformation,
+        server_optimizer: Callable[[jax.Array], optax.GradientTransformation],
         plan: PrivacyPlan,
         *,
         config: DevicesConfig,
         devices: Sequence[Any] | None = None,
+        rule: Rule | None = None,
+        spread: bool = False,
     ) -> None:
         self._parallel = config.parallel
         self._devices: list[Any] = list(devices or jax.local_devices())
@@ -58,12 +63,16 @@ class CohortProgram:
         self.num_slots = share * len(self._devices)
         self._mesh = Mesh(np.asarray(self._devices), (AXIS,))
         axis = None if config.parallel == "single" else AXIS
-        body = make_round(local_update, server_optimizer, plan, chunk=chunk, axis_name=axis)
+        body = make_round(local_update, server_optimizer, plan, chunk=chunk, axis_name=axis, rule=rule, spread=spread)
         if config.parallel == "single":
             self._run = jax.jit(body)
         elif config.parallel == "pmap":
             self._run = jax.pmap(
-                body, axis_name=AXIS, in_axes=(None, 0, None, None), out_axes=(None, 0), devices=self._devices
+                body,
+                axis_name=AXIS,
+                in_axes=(None, 0, None, None),
+                out_axes=(None, RoundMetrics(0, None)),
+                devices=self._devices,
             )
         else:
             whole, split = PartitionSpec(), PartitionSpec(AXIS)
@@ -72,7 +81,7 @@ class CohortProgram:
                     jax.shard_map,
                     mesh=self._mesh,
                     in_specs=(whole, split, whole, whole),
-                    out_specs=(whole, split),
+                    out_specs=(whole, RoundMetrics(split, whole)),
                     # The loop over a hospital's steps starts from replicated weights and ends in its own.
                     check_vma=False,
                 )(body)
@@ -100,9 +109,9 @@ class CohortProgram:
         return jax.device_put(state, self._devices[0])
 
     def __call__(
-        self, state: RoundState, cohort: CohortRecords, mechanism: Mechanism, key: jax.Array
-    ) -> tuple[RoundState, SlotMetrics]:
-        """Runs one round; metrics come back `(slots,)` on the host."""
-        state, metrics = self._run(state, cohort, mechanism, key)
-        flat: Any = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1), metrics)
-        return state, flat
+        self, state: RoundState, cohort: CohortRecords, setting: Setting, key: jax.Array
+    ) -> tuple[RoundState, RoundMetrics]:
+        """Runs one round; the slots' metrics come back `(slots,)` on the host."""
+        state, metrics = self._run(state, cohort, setting, key)
+        slots = SlotMetrics(*(np.asarray(leaf).reshape(-1) for leaf in metrics.slots))
+        return state, RoundMetrics(slots, metrics.spread)

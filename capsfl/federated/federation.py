@@ -1,5 +1,6 @@
 """A task, its hospitals and the privacy plan bound into rounds that can be run, saved and run again."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from capsfl.federated.aggregation import ServerConfig, make_server_optimizer
+from capsfl.federated import diagnostics
+from capsfl.federated.aggregation import AggregationConfig, make_rule
 from capsfl.federated.devices import CohortProgram, DevicesConfig
 from capsfl.federated.hospitals import Hospitals
 from capsfl.federated.local import LocalConfig, make_local_update
-from capsfl.federated.round import CohortRecords, Mechanism, RoundState
+from capsfl.federated.round import CohortRecords, Controls, RoundState, Setting
+from capsfl.federated.server import ServerConfig, make_server_optimizer
 from capsfl.learning.tasks import Task
+from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan
 from capsfl.settings import Settings
 
@@ -29,6 +33,12 @@ class RoundsConfig(Settings):
     """Training inside a hospital."""
     server: ServerConfig = ServerConfig()
     """The server's step."""
+    aggregation: AggregationConfig = AggregationConfig()
+    """How the cohort's updates are combined."""
+    scaffold: bool = False
+    """Corrects client drift by control variates (SCAFFOLD), kept for every hospital; without noise only."""
+    diagnostics: bool = False
+    """Logs per layer how far updates spread (Eq 9-11), un-noised, at the price of two more copies of the model."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class RoundReport:
         hospital_loss: the loss of each member of the cohort.
         update_norm: L2 norm of each member's update before clipping.
         not_finite: members whose update held NaN or infinity and was left out.
+        spread: per layer V_c as sum and as mean, and U_s (Eq 10 and 11), where asked for.
     """
 
     round: int
@@ -50,6 +61,7 @@ class RoundReport:
     hospital_loss: Mapping[str, float] = field(default_factory=dict)
     update_norm: Mapping[str, float] = field(default_factory=dict)
     not_finite: tuple[str, ...] = ()
+    spread: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Federation:
@@ -86,14 +98,29 @@ class Federation:
         # Tasks and runs of one seed must not share noise: the accountant adds them up as independent.
         name = hashlib.sha256(f"{stream}/{task.name}".encode()).digest()
         self.key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(name[:4], "big"))
-        self._server_optimizer = make_server_optimizer(config.server)
+        if config.scaffold and privacy.noise_multiplier > 0:
+            raise PrivacyError(
+                "scaffold",
+                "true",
+                "control variates leave the hospitals un-noised, so no epsilon would hold; switch it off or set "
+                "privacy.noise_multiplier to 0",
+            )
+        self._server_optimizer = functools.partial(make_server_optimizer, config.server)
+        self._scaffold = config.scaffold
         self._program = CohortProgram(
             make_local_update(task, config.local),
             self._server_optimizer,
             self.plan,
             config=devices,
+            rule=make_rule(config.aggregation, self.plan),
+            spread=config.diagnostics,
         )
-        self._mechanism = Mechanism(jnp.float32(privacy.clip_norm), jnp.float32(privacy.noise_multiplier))
+        self._setting = Setting(
+            clip_norm=jnp.float32(privacy.clip_norm),
+            noise_multiplier=jnp.float32(privacy.noise_multiplier),
+            local_rate=jnp.float32(config.local.learning_rate),
+            server_rate=jnp.float32(config.server.learning_rate),
+        )
         self._sample = jax.jit(lambda key: self.plan.sample(key=key))
         self._evaluate = jax.jit(self._scores, static_argnames="batch_size")
         self._placed: tuple[bytes, CohortRecords] | None = None
@@ -102,7 +129,13 @@ class Federation:
         """Returns the state before the first round."""
         # Through NumPy, since a weakly typed weight would have the second round compiled again.
         parameters = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), self.task.parameters)
-        return self.place(RoundState(parameters, self._server_optimizer.init(parameters), jnp.int32(0)))
+        server = self._server_optimizer(self._setting.server_rate).init(parameters)
+        controls = None
+        if self._scaffold:
+            zeros = jax.tree.map(jnp.zeros_like, parameters)
+            number = len(self.hospitals)
+            controls = Controls(zeros, jax.tree.map(lambda leaf: jnp.zeros((number, *leaf.shape), leaf.dtype), zeros))
+        return self.place(RoundState(parameters, server, jnp.int32(0), controls))
 
     def place(self, state: RoundState) -> RoundState:
         """Puts a state, new or restored, on the devices."""
@@ -114,17 +147,18 @@ class Federation:
         cohort = self._sample(jax.random.fold_in(key, 0))
         indices, mask = np.asarray(cohort.indices), np.asarray(cohort.mask)
         placed = self._place(indices, mask)
-        state, metrics = self._program(state, placed, self._mechanism, jax.random.fold_in(key, 1))
+        state, metrics = self._program(state, placed, self._setting, jax.random.fold_in(key, 1))
         names = [self.hospitals.names[i] for i in indices]
         present = [slot for slot in range(len(indices)) if mask[slot]]
-        losses = {names[slot]: float(metrics.loss[slot]) for slot in present}
+        losses = {names[slot]: float(metrics.slots.loss[slot]) for slot in present}
         return state, RoundReport(
             round=int(state.round),
             cohort=tuple(names[slot] for slot in present),
             loss=float(np.mean(list(losses.values()))) if losses else None,
             hospital_loss=losses,
-            update_norm={names[slot]: float(metrics.update_norm[slot]) for slot in present},
-            not_finite=tuple(names[slot] for slot in present if not np.isfinite(metrics.update_norm[slot])),
+            update_norm={names[slot]: float(metrics.slots.update_norm[slot]) for slot in present},
+            not_finite=tuple(names[slot] for slot in present if not np.isfinite(metrics.slots.update_norm[slot])),
+            spread={} if metrics.spread is None else _layers(metrics.spread),
         )
 
     def evaluate(self, parameters: Any, hospitals: Hospitals, *, batch_size: int = 16) -> dict[str, dict[str, float]]:
@@ -157,8 +191,17 @@ class Federation:
         """Puts the cohort's records on the devices, keeping them there while the cohort stays the same."""
         name = indices.tobytes() + mask.tobytes()
         if self._placed is None or self._placed[0] != name:
-            records = jax.tree.map(lambda leaf: leaf[indices], self.hospitals.records)
+            records = self.hospitals.take(indices)
             counts = np.where(mask, self.hospitals.counts[indices], 0)
             cohort: Any = (records, counts.astype(np.int32), indices.astype(np.int32))
             self._placed = (name, self._program.place(CohortRecords(*cohort)))
         return self._placed[1]
+
+
+def _layers(spread: diagnostics.Spread) -> dict[str, dict[str, float]]:
+    """Per layer the scalars of Eq 10 and 11."""
+    report = diagnostics.report_spread(spread)
+    return {
+        layer: {name: float(value) for name, value in figures.items() if name != "VAR"}
+        for layer, figures in report.items()
+    }

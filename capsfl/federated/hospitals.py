@@ -30,6 +30,10 @@ class Hospitals:
         """Records a hospital can hold: the size of the padded record axis."""
         return jax.tree.leaves(self.records)[0].shape[1]
 
+    def take(self, indices: np.ndarray) -> Any:
+        """Records of the hospitals at `indices`: pytree of host arrays `(len(indices), records, ...)`."""
+        return jax.tree.map(lambda leaf: leaf[indices], self.records)
+
 
 def stack_hospitals(records: Mapping[str, Any]) -> Hospitals:
     """Stacks one pytree of arrays `(records, ...)` per hospital into padded arrays.

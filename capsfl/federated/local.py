@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from pydantic import Field
 
 from capsfl.learning.tasks import Task
@@ -23,6 +24,10 @@ class LocalConfig(Settings):
     """Records in one local step."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the hospital's records in one round."""
+    proximal: float = Field(default=0.0, ge=0)
+    """mu of FedProx (Li et al. 2020): adds mu/2 |w - w_t|^2 to the local loss, w_t being the server's weights."""
+    shuffle: bool = True
+    """Draws a fresh order of the records in every epoch; without, they are read as they stand."""
 
 
 class LocalResult(NamedTuple):
@@ -31,19 +36,22 @@ class LocalResult(NamedTuple):
     Attributes:
         update: pytree like the parameters: local weights minus the server's.
         loss: scalar, mean training loss over the local steps; 0 for a hospital without records.
+        steps: scalar int32, how many local steps were taken.
     """
 
     update: Any
     loss: jax.Array
+    steps: jax.Array
 
 
-def make_optimizer(config: LocalConfig) -> optax.GradientTransformation:
-    """Builds the local optimizer."""
+def make_optimizer(config: LocalConfig, learning_rate: ArrayLike | None = None) -> optax.GradientTransformation:
+    """Builds the local optimizer; a given learning rate, traced in a sweep, replaces the configured one."""
+    learning_rate = config.learning_rate if learning_rate is None else learning_rate
     if config.optimizer == "sgd":
-        return optax.sgd(config.learning_rate)
+        return optax.sgd(learning_rate)
     if config.optimizer == "momentum":
-        return optax.sgd(config.learning_rate, momentum=0.9)
-    return optax.adam(config.learning_rate)
+        return optax.sgd(learning_rate, momentum=0.9)
+    return optax.adam(learning_rate)
 
 
 def make_local_update(task: Task, config: LocalConfig) -> Callable[..., LocalResult]:
@@ -51,11 +59,23 @@ def make_local_update(task: Task, config: LocalConfig) -> Callable[..., LocalRes
 
     A hospital of n records takes `epochs * ceil(n / batch_size)` steps over a fresh permutation per epoch; the
     last batch of an epoch is filled from its beginning, so every batch is full and no padded row is read.
+
+    Returns:
+        `(parameters, records, count, *, key, learning_rate, drift) -> LocalResult`. `learning_rate` may be traced;
+        `drift`, a pytree like the parameters or None, is added to every gradient (the c - c_h of SCAFFOLD).
     """
-    optimizer = make_optimizer(config)
     gradient = jax.value_and_grad(task.loss)
 
-    def local_update(parameters: Any, records: Any, count: jax.Array, *, key: jax.Array) -> LocalResult:
+    def local_update(
+        parameters: Any,
+        records: Any,
+        count: jax.Array,
+        *,
+        key: jax.Array,
+        learning_rate: ArrayLike = config.learning_rate,
+        drift: Any = None,
+    ) -> LocalResult:
+        optimizer = make_optimizer(config, learning_rate)
         capacity = jax.tree.leaves(records)[0].shape[0]
         steps_per_epoch = (count + config.batch_size - 1) // config.batch_size
         steps = steps_per_epoch * config.epochs
@@ -64,18 +84,22 @@ def make_local_update(task: Task, config: LocalConfig) -> Callable[..., LocalRes
             weights, optimizer_state, total = carry
             divisor = jnp.maximum(steps_per_epoch, 1)
             epoch, position = index // divisor, index % divisor
-            draw = jax.random.uniform(jax.random.fold_in(key, epoch), (capacity,))
-            order = jnp.argsort(jnp.where(jnp.arange(capacity) < count, draw, jnp.inf))
-            slots = position * config.batch_size + jnp.arange(config.batch_size)
-            rows = order[slots % jnp.maximum(count, 1)]
-            batch = jax.tree.map(lambda leaf: leaf[rows], records)
+            slots = (position * config.batch_size + jnp.arange(config.batch_size)) % jnp.maximum(count, 1)
+            if config.shuffle:
+                draw = jax.random.uniform(jax.random.fold_in(key, epoch), (capacity,))
+                slots = jnp.argsort(jnp.where(jnp.arange(capacity) < count, draw, jnp.inf))[slots]
+            batch = jax.tree.map(lambda leaf: leaf[slots], records)
             loss, grads = gradient(weights, batch)
+            if config.proximal:
+                grads = jax.tree.map(lambda g, w, w_t: g + config.proximal * (w - w_t), grads, weights, parameters)
+            if drift is not None:
+                grads = jax.tree.map(jnp.add, grads, drift)
             updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
             return optax.apply_updates(weights, updates), optimizer_state, total + loss
 
         start = (parameters, optimizer.init(parameters), jnp.zeros(()))
         weights, _, total = jax.lax.fori_loop(0, steps, step, start)
         update = jax.tree.map(jnp.subtract, weights, parameters)
-        return LocalResult(update, total / jnp.maximum(steps, 1))
+        return LocalResult(update, total / jnp.maximum(steps, 1), steps)
 
     return local_update

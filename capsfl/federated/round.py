@@ -7,6 +7,7 @@ a chunk is vmapped and chunks are scanned, so activations grow with L and not wi
 on one device and, with an axis name, on each of several.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,10 +15,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from capsfl.federated import diagnostics
+from capsfl.federated.aggregation import Rule
+from capsfl.federated.diagnostics import Spread
 from capsfl.federated.local import LocalResult
 from capsfl.privacy.clipping import clip_by_global_norm
 from capsfl.privacy.mechanisms import mean_with_noise
 from capsfl.privacy.plan import PrivacyPlan
+
+
+class Controls(NamedTuple):
+    """Control variates of SCAFFOLD (Karimireddy et al. 2020).
+
+    Attributes:
+        server: c, pytree like the parameters.
+        hospitals: c_h of every hospital, leaves `(hospitals, ...)`: as much memory as all their models.
+    """
+
+    server: Any
+    hospitals: Any
 
 
 class RoundState(NamedTuple):
@@ -27,11 +43,13 @@ class RoundState(NamedTuple):
         parameters: the server's weights.
         server: state of the server optimizer.
         round: scalar int32, rounds finished.
+        controls: of SCAFFOLD, else None.
     """
 
     parameters: Any
     server: Any
     round: jax.Array
+    controls: Controls | None = None
 
 
 class CohortRecords(NamedTuple):
@@ -48,16 +66,20 @@ class CohortRecords(NamedTuple):
     hospitals: jax.Array
 
 
-class Mechanism(NamedTuple):
-    """The traced scalars of the privacy mechanism, so one program serves every setting of a study.
+class Setting(NamedTuple):
+    """The traced scalars of a study, so one program serves every setting of a sweep.
 
     Attributes:
         clip_norm: S, the L2 bound on a hospital's whole update.
         noise_multiplier: z, standard deviation of the noise on the sum in units of S.
+        local_rate: learning rate inside a hospital.
+        server_rate: learning rate of the server.
     """
 
     clip_norm: jax.Array
     noise_multiplier: jax.Array
+    local_rate: jax.Array
+    server_rate: jax.Array
 
 
 class SlotMetrics(NamedTuple):
@@ -72,63 +94,144 @@ class SlotMetrics(NamedTuple):
     update_norm: jax.Array
 
 
+class RoundMetrics(NamedTuple):
+    """Un-noised figures of a round.
+
+    Attributes:
+        slots: per slot.
+        spread: moments of the updates before clipping (Eq 9-11); None unless asked for.
+    """
+
+    slots: SlotMetrics
+    spread: Spread | None
+
+
+class _Outcome(NamedTuple):
+    """What one hospital hands back; under vmap every leaf leads with the chunk axis."""
+
+    clipped: Any
+    metrics: SlotMetrics
+    raw: Any
+    control: Any
+
+
 def make_round(
     local_update: Callable[..., LocalResult],
-    server_optimizer: optax.GradientTransformation,
+    server_optimizer: Callable[[jax.Array], optax.GradientTransformation],
     plan: PrivacyPlan,
     *,
     chunk: int,
     axis_name: str | None = None,
-) -> Callable[..., tuple[RoundState, SlotMetrics]]:
+    rule: Rule | None = None,
+    spread: bool = False,
+) -> Callable[..., tuple[RoundState, RoundMetrics]]:
     """Builds the body of a round.
 
     Args:
-        local_update: `(parameters, records, count, key=...) -> LocalResult` of one hospital.
-        server_optimizer: applied to minus the noised mean update.
+        local_update: `(parameters, records, count, key=..., learning_rate=..., drift=...) -> LocalResult` of one
+            hospital.
+        server_optimizer: `learning_rate -> optimizer`, applied to minus the mean update.
         plan: gives m, the fixed divisor of the sum.
         chunk: L, hospitals trained at once; divides the slots a device holds.
         axis_name: device axis over which the clipped updates are summed; None on one device.
+        rule: robust rule over the stacked clipped updates, whose memory then grows with the cohort; None for the sum.
+        spread: whether to measure how far updates spread, at the price of two more copies of the model.
 
     Returns:
-        `(state, cohort, mechanism, key) -> (state, metrics)`. `key` is the round's key, the same on every device:
+        `(state, cohort, setting, key) -> (state, metrics)`. `key` is the round's key, the same on every device:
         hospital keys are folded from it, and every device adds the same noise to the same sum.
     """
 
     def round_body(
-        state: RoundState, cohort: CohortRecords, mechanism: Mechanism, key: jax.Array
-    ) -> tuple[RoundState, SlotMetrics]:
+        state: RoundState, cohort: CohortRecords, setting: Setting, key: jax.Array
+    ) -> tuple[RoundState, RoundMetrics]:
         local_key, noise_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
-        def train_one(records: Any, count: jax.Array, hospital: jax.Array) -> tuple[Any, SlotMetrics]:
-            result = local_update(state.parameters, records, count, key=jax.random.fold_in(local_key, hospital))
-            clipped, norm = clip_by_global_norm(result.update, mechanism.clip_norm)
-            return clipped, SlotMetrics(result.loss, norm)
+        def train_one(records: Any, count: jax.Array, hospital: jax.Array) -> _Outcome:
+            own = drift = None
+            if state.controls is not None:
+                own = jax.tree.map(lambda leaf: leaf[hospital], state.controls.hospitals)
+                drift = jax.tree.map(jnp.subtract, state.controls.server, own)
+            result = local_update(
+                state.parameters,
+                records,
+                count,
+                key=jax.random.fold_in(local_key, hospital),
+                learning_rate=setting.local_rate,
+                drift=drift,
+            )
+            clipped, norm = clip_by_global_norm(result.update, setting.clip_norm)
+            control = None
+            if drift is not None:
+                # Option II of SCAFFOLD: c_h - c + (w_t - w_h) / (K eta); a discarded update leaves c_h alone.
+                usable = (count > 0) & jnp.isfinite(norm)
+                pace = 1 / (jnp.maximum(result.steps, 1) * setting.local_rate)
+                control = jax.tree.map(
+                    lambda c_h, d, u: jnp.where(usable, -d - pace * u, c_h), own, drift, result.update
+                )
+            return _Outcome(clipped, SlotMetrics(result.loss, norm), result.update if spread else None, control)
 
-        def add_chunk(total: Any, part: CohortRecords) -> tuple[Any, SlotMetrics]:
+        def add_chunk(carry: tuple[Any, Any], part: CohortRecords) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
+            total, moments = carry
             if chunk == 1:
                 # A batch of one would only cost compile time, and turn convolutions into grouped ones.
                 alone = train_one(*jax.tree.map(lambda leaf: leaf[0], part))
-                clipped, metrics = jax.tree.map(lambda leaf: leaf[None], alone)
+                outcome = jax.tree.map(lambda leaf: leaf[None], alone)
             else:
-                clipped, metrics = jax.vmap(train_one)(*part)
-            return jax.tree.map(lambda t, c: t + c.sum(0), total, clipped), metrics
+                outcome = jax.vmap(train_one)(*part)
+            if spread:
+                usable = (part.counts > 0) & jnp.isfinite(outcome.metrics.update_norm)
+                moments = diagnostics.merge_spread(moments, diagnostics.measure_spread(outcome.raw, usable))
+            if rule is None:
+                total = jax.tree.map(lambda t, c: t + c.sum(0), total, outcome.clipped)
+            stack = None if rule is None else outcome.clipped
+            return (total, moments), (outcome.metrics, stack, outcome.control)
 
         chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), cohort)
-        zero = jax.tree.map(jnp.zeros_like, state.parameters)
-        total, metrics = jax.lax.scan(add_chunk, zero, chunks)
-        metrics = jax.tree.map(lambda leaf: leaf.reshape(-1), metrics)
-        if axis_name is not None:
-            total = jax.lax.psum(total, axis_name)
-        mean = mean_with_noise(
-            total,
-            plan=plan,
-            key=noise_key,
-            clip_norm=mechanism.clip_norm,
-            noise_multiplier=mechanism.noise_multiplier,
-        )
+        zero = jax.tree.map(jnp.zeros_like, state.parameters) if rule is None else None
+        start = (zero, diagnostics.start_spread(state.parameters) if spread else None)
+        (total, moments), outcomes = jax.lax.scan(add_chunk, start, chunks)
+        metrics, stack, controls = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outcomes)
+        if axis_name is not None and spread:
+            everywhere = jax.lax.all_gather(moments, axis_name)
+            devices = everywhere.count.shape[0]
+            parts = [jax.tree.map(lambda leaf, device=d: leaf[device], everywhere) for d in range(devices)]
+            moments = functools.reduce(diagnostics.merge_spread, parts)
+        if rule is None:
+            if axis_name is not None:
+                total = jax.lax.psum(total, axis_name)
+            mean = mean_with_noise(
+                total,
+                plan=plan,
+                key=noise_key,
+                clip_norm=setting.clip_norm,
+                noise_multiplier=setting.noise_multiplier,
+            )
+        else:
+            usable = (cohort.counts > 0) & jnp.isfinite(metrics.update_norm)
+            mean = rule(*_gather((stack, cohort.counts, usable), axis_name))
+        if state.controls is not None:
+            controls = _update_controls(state.controls, *_gather((controls, cohort), axis_name))
         pseudo_gradient = jax.tree.map(jnp.negative, mean)
-        updates, server = server_optimizer.update(pseudo_gradient, state.server, state.parameters)
+        optimizer = server_optimizer(setting.server_rate)
+        updates, server = optimizer.update(pseudo_gradient, state.server, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        return RoundState(parameters, server, state.round + 1), metrics
+        return RoundState(parameters, server, state.round + 1, controls), RoundMetrics(metrics, moments)
 
     return round_body
+
+
+def _gather(tree: Any, axis_name: str | None) -> Any:
+    """The slots of all devices."""
+    if axis_name is None:
+        return tree
+    return jax.lax.all_gather(tree, axis_name, tiled=True)
+
+
+def _update_controls(old: Controls, found: Any, cohort: CohortRecords) -> Controls:
+    """Writes the cohort's c_h and moves c by the mean of their changes over all hospitals."""
+    number = jax.tree.leaves(old.hospitals)[0].shape[0]
+    places = jnp.where(cohort.counts > 0, cohort.hospitals, number)  # past the end: an empty slot writes nothing
+    hospitals = jax.tree.map(lambda o, f: o.at[places].set(f, mode="drop"), old.hospitals, found)
+    server = jax.tree.map(lambda c, new, o: c + jnp.mean(new - o, axis=0), old.server, hospitals, old.hospitals)
+    return Controls(server, hospitals)

@@ -7,12 +7,12 @@ import optax
 import pytest
 from flax import nnx
 
-from capsfl.federated.aggregation import ServerConfig
 from capsfl.federated.devices import DevicesConfig
 from capsfl.federated.federate import federate
 from capsfl.federated.federation import Federation, RoundsConfig
 from capsfl.federated.hospitals import pool_hospitals, stack_hospitals
 from capsfl.federated.local import LocalConfig
+from capsfl.federated.server import ServerConfig
 from capsfl.learning.tasks import make_task
 from capsfl.privacy.plan import PrivacyConfig
 

@@ -5,6 +5,7 @@
 Prints the weights after the round by `shard_map` over all four devices, and after the same round on one device.
 """
 
+import functools
 import json
 import sys
 
@@ -14,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from capsfl.federated.aggregation import ServerConfig, make_server_optimizer
 from capsfl.federated.local import LocalConfig, make_local_update
-from capsfl.federated.round import CohortRecords, Mechanism, RoundState, make_round
+from capsfl.federated.round import CohortRecords, RoundState, Setting, make_round
+from capsfl.federated.server import ServerConfig, make_server_optimizer
 from capsfl.learning.tasks import make_task
 from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan
 
@@ -33,7 +34,7 @@ def main(port: int, index: int) -> None:
 
     line = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
     task = make_task("line", line, lambda model, batch: jnp.mean((model(batch["x"]) - batch["y"]) ** 2))
-    server = make_server_optimizer(ServerConfig())
+    server = functools.partial(make_server_optimizer, ServerConfig())
     plan = PrivacyPlan.build(PrivacyConfig(clip_norm=0.5, noise_multiplier=0.3), num_hospitals=HOSPITALS)
     update = make_local_update(task, LocalConfig(optimizer="sgd", learning_rate=0.1, batch_size=2))
 
@@ -43,8 +44,9 @@ def main(port: int, index: int) -> None:
     numbers = jnp.arange(HOSPITALS)
     cohort = CohortRecords(records, numbers % 4 + 1, numbers)
     weights = jax.device_get(task.parameters)
-    state = RoundState(weights, server.init(weights), jnp.int32(0))
-    mechanism, key = Mechanism(jnp.float32(0.5), jnp.float32(0.3)), jax.random.key_data(jax.random.key(7))
+    state = RoundState(weights, server(1.0).init(weights), jnp.int32(0))
+    setting = Setting(jnp.float32(0.5), jnp.float32(0.3), jnp.float32(0.1), jnp.float32(1.0))
+    key = jax.random.key_data(jax.random.key(7))
 
     mesh = Mesh(np.asarray(jax.devices()), (AXIS,))
     body = make_round(update, server, plan, chunk=2, axis_name=AXIS)
@@ -64,11 +66,9 @@ def main(port: int, index: int) -> None:
         )
 
     together = jax.jit(over_devices)(
-        spread(state, whole), spread(cohort, split), spread(mechanism, whole), spread(key, whole)
+        spread(state, whole), spread(cohort, split), spread(setting, whole), spread(key, whole)
     )
-    alone, _ = jax.jit(make_round(update, server, plan, chunk=2))(
-        state, cohort, mechanism, jax.random.wrap_key_data(key)
-    )
+    alone, _ = jax.jit(make_round(update, server, plan, chunk=2))(state, cohort, setting, jax.random.wrap_key_data(key))
     (found,), (expected,) = jax.tree.leaves(together), jax.tree.leaves(alone.parameters)
     print(
         json.dumps(

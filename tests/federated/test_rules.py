@@ -1,0 +1,181 @@
+"""Robust rules, FedProx, SCAFFOLD and diagnostics inside a round, against loops written from their papers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsfl.federated.aggregation import AggregationConfig
+from capsfl.federated.devices import DevicesConfig
+from capsfl.federated.federation import Federation, RoundsConfig
+from capsfl.federated.hospitals import stack_hospitals
+from capsfl.federated.local import LocalConfig
+from capsfl.learning.tasks import make_task
+from capsfl.privacy.events import PrivacyError
+from capsfl.privacy.plan import PrivacyConfig
+
+CLIP = 1e6
+LOCAL = LocalConfig(optimizer="sgd", learning_rate=1.0, batch_size=4)
+
+
+@pytest.fixture
+def line():
+    """A loss linear in the weights: with learning rate 1 the update of a hospital is minus its mean record."""
+
+    class Line(nnx.Module):
+        def __init__(self) -> None:
+            self.weights = nnx.Param(jnp.zeros(3))
+
+    return make_task("line", Line(), lambda model, batch: -jnp.mean(batch @ model.weights[...]))
+
+
+@pytest.fixture
+def truth():
+    return np.random.default_rng(0).normal(1.0, 0.1, (7, 3)).astype(np.float32)
+
+
+def engine(task, rows, *, rounds, privacy=None, chunk=None):
+    records = {f"h{i}": np.broadcast_to(row, (4, *np.shape(row))).copy() for i, row in enumerate(rows)}
+    return Federation(
+        task,
+        stack_hospitals(records),
+        config=rounds,
+        privacy=privacy or PrivacyConfig(clip_norm=CLIP),
+        devices=DevicesConfig(chunk=chunk),
+    )
+
+
+def released(task, rows, rule, **options):
+    rounds = RoundsConfig(local=LOCAL, aggregation=AggregationConfig(rule=rule, **options))
+    federation = engine(task, rows, rounds=rounds)
+    state, _ = federation.step(federation.init())
+    return np.asarray(jax.tree.leaves(state.parameters)[0])
+
+
+RULES = [
+    ("median", {}),
+    ("trimmed_mean", {"trim": 0.3}),
+    ("krum", {"byzantine": 2}),
+    ("multi_krum", {"byzantine": 2, "selected": 3}),
+]
+
+
+@pytest.mark.parametrize(("rule", "options"), RULES)
+@pytest.mark.parametrize("lie", [-1.0, 1e6, np.nan])
+def test_two_liars_among_seven_move_a_robust_rule_no_further_than_the_honest_spread(line, truth, rule, options, lie):
+    lied = truth.copy()
+    lied[[1, 4]] *= np.float32(lie)
+    honest = np.delete(truth, [1, 4], axis=0)
+    found = released(line, lied, rule, **options)
+    assert (found >= honest.min(0) - 1e-6).all()
+    assert (found <= honest.max(0) + 1e-6).all()
+
+
+def test_two_liars_move_the_mean(line, truth):
+    lied = truth.copy()
+    lied[[1, 4]] *= -1
+    assert (released(line, lied, "mean") < truth.min(0)).all()
+
+
+def test_the_weighted_mean_weighs_by_records(line):
+    rows = {"small": np.full((2, 3), 1, np.float32), "large": np.full((6, 3), 5, np.float32)}
+    rounds = RoundsConfig(
+        local=LocalConfig(optimizer="sgd", learning_rate=1.0, batch_size=8),
+        aggregation=AggregationConfig(rule="weighted"),
+    )
+    federation = Federation(line, stack_hospitals(rows), config=rounds, privacy=PrivacyConfig(clip_norm=CLIP))
+    state, _ = federation.step(federation.init())
+    np.testing.assert_allclose(jax.tree.leaves(state.parameters)[0], (2 * 1 + 6 * 5) / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["weighted", "median", "trimmed_mean", "krum"])
+def test_a_rule_without_a_sensitivity_refuses_noise_by_name(line, truth, rule):
+    rounds = RoundsConfig(local=LOCAL, aggregation=AggregationConfig(rule=rule))
+    with pytest.raises(PrivacyError, match=r"aggregation\.rule = .*noise_multiplier"):
+        engine(line, truth, rounds=rounds, privacy=PrivacyConfig(clip_norm=1.0, noise_multiplier=1.0))
+
+
+def test_krum_refuses_a_cohort_too_small_for_its_liars(line, truth):
+    rounds = RoundsConfig(local=LOCAL, aggregation=AggregationConfig(rule="krum", byzantine=3))
+    with pytest.raises(PrivacyError, match=r"aggregation\.byzantine = 3.*has 7"):
+        engine(line, truth, rounds=rounds)
+
+
+def quadratic():
+    """Loss 1/2 |w - x|^2, whose gradient is w - x."""
+
+    class Point(nnx.Module):
+        def __init__(self) -> None:
+            self.weights = nnx.Param(jnp.zeros(3))
+
+    return make_task(
+        "point", Point(), lambda model, batch: 0.5 * jnp.mean(jnp.sum((model.weights[...][None] - batch) ** 2, axis=-1))
+    )
+
+
+def test_fedprox_pulls_towards_the_server_as_its_paper_says(truth):
+    rate, mu, epochs = 0.2, 0.7, 3
+    local = LocalConfig(optimizer="sgd", learning_rate=rate, batch_size=4, epochs=epochs, proximal=mu)
+    federation = engine(quadratic(), truth, rounds=RoundsConfig(local=local))
+    state, _ = federation.step(federation.init())
+    ends = []
+    for x in truth:
+        w = np.zeros(3)
+        for _ in range(epochs):
+            w = w - rate * ((w - x) + mu * w)
+        ends.append(w)
+    np.testing.assert_allclose(jax.tree.leaves(state.parameters)[0], np.mean(ends, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_scaffold_keeps_its_control_variates_as_its_paper_says(truth, chunk):
+    """Option II, cohorts of 3 of 7, two rounds of two local steps."""
+    rate, epochs, number = 0.2, 2, len(truth)
+    local = LocalConfig(optimizer="sgd", learning_rate=rate, batch_size=4, epochs=epochs)
+    privacy = PrivacyConfig(clip_norm=CLIP, sampler="fixed", cohort=3)
+    federation = engine(
+        quadratic(), truth, rounds=RoundsConfig(local=local, scaffold=True), privacy=privacy, chunk=chunk
+    )
+    state = federation.init()
+    w, c, own = np.zeros(3), np.zeros(3), np.zeros((number, 3))
+    for _ in range(2):
+        state, report = federation.step(state)
+        ends, changes = [], []
+        for name in report.cohort:
+            h = int(name[1:])
+            y = w.copy()
+            for _ in range(epochs):
+                y = y - rate * ((y - truth[h]) - own[h] + c)
+            new = own[h] - c + (w - y) / (epochs * rate)
+            ends.append(y)
+            changes.append(new - own[h])
+            own[h] = new
+        w = np.mean(ends, 0)
+        c = c + np.sum(changes, 0) / number
+        assert state.controls is not None
+        np.testing.assert_allclose(jax.tree.leaves(state.parameters)[0], w, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(jax.tree.leaves(state.controls.server)[0], c, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(jax.tree.leaves(state.controls.hospitals)[0], own, rtol=1e-4, atol=1e-6)
+
+
+def test_scaffold_refuses_noise_by_name(truth):
+    with pytest.raises(PrivacyError, match="scaffold"):
+        engine(
+            quadratic(),
+            truth,
+            rounds=RoundsConfig(local=LOCAL, scaffold=True),
+            privacy=PrivacyConfig(clip_norm=1.0, noise_multiplier=1.0),
+        )
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_diagnostics_are_equations_10_and_11_of_the_updates_before_clipping(line, truth, chunk):
+    rounds = RoundsConfig(local=LOCAL, diagnostics=True)
+    federation = engine(line, truth, rounds=rounds, privacy=PrivacyConfig(clip_norm=0.01), chunk=chunk)
+    _, report = federation.step(federation.init())
+    (figures,) = report.spread.values()
+    variance = truth.var(axis=0)
+    np.testing.assert_allclose(figures["V_c"], variance.sum(), rtol=1e-4)
+    np.testing.assert_allclose(figures["V_c_mean"], variance.mean(), rtol=1e-4)
+    np.testing.assert_allclose(figures["U_s"], (truth.mean(0) ** 2).mean(), rtol=1e-4)
