@@ -121,6 +121,7 @@ class Checkpoints:
             _like(like.server, items.state.get("server") or {}),
             jnp.asarray(items.state["round"]),
             None if like.controls is None else _like(like.controls, items.state["controls"]),
+            None if like.clip_norm is None else jnp.asarray(items.state["clip_norm"]),
         )
         return Restored(state, items.accountant, np.asarray(items.ledger["log"], np.uint8).tobytes())
 
@@ -233,7 +234,11 @@ def _plain(state: RoundState) -> dict[str, Any]:
         "round": state.round,
         "server": _by_path(state.server),
     }
-    return plain if state.controls is None else plain | {"controls": _by_path(state.controls)}
+    if state.controls is not None:
+        plain["controls"] = _by_path(state.controls)
+    if state.clip_norm is not None:
+        plain["clip_norm"] = state.clip_norm
+    return plain
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

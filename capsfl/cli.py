@@ -28,6 +28,7 @@ SUMMARY = {
     "report": "RUN                                     write the study's page again",
     "verify": "RUN [--witness HEAD]                    recompute and check every ledger of a study",
     "epsilon": "--hospitals H --noise-multiplier Z ...  privacy loss of a setting, or the setting for a loss",
+    "audit": "--noise-multiplier Z ...                canaries against our own rounds: a lower bound on epsilon",
     "bench": "[routing|segcaps] [--quick] [--tune]     measure time and memory on this machine",
     "doctor": "                                        what works on this machine and what to install",
 }
@@ -295,7 +296,7 @@ class EpsilonCommand:
 def epsilon(words: list[str]) -> int:
     """Accounts for a setting."""
     given = parse(EpsilonCommand, words, prog="capsfl epsilon")
-    from capsfl.privacy import epsilon_report, solve
+    from capsfl.privacy import epsilon_report, epsilon_under_both_relations, solve
 
     values: dict[str, Any] = asdict(given)
     del values["json"], values["target_epsilon"]
@@ -319,14 +320,70 @@ def epsilon(words: list[str]) -> int:
             )
         del values[unknown]
         row = solve(given.target_epsilon, for_=unknown, **values)
+    row |= epsilon_under_both_relations(row)
     if given.json:
         print(json.dumps(row))
         return 0
+    beside = Table("neighbours", "epsilon", box=None, pad_edge=False)
+    headline, other = row["relation"], row["other_relation"]
+    for relation in (headline, other):
+        figure = row[f"epsilon_{relation}"]
+        beside.add_row(relation.replace("_", " "), "unbounded" if figure is None else f"{figure:.6g}")
+    Console().print(beside)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in row.items():
         table.add_row(name, "unbounded" if value is None and "epsilon" in name else str(value))
     Console().print(table)
     return 0
+
+
+@dataclass(frozen=True)
+class AuditCommand:
+    """Attack this engine's own rounds with canaries: a lower bound on epsilon against the claimed one.
+
+    Exit code 1 when the bound refutes the claim.
+    """
+
+    noise_multiplier: float
+    """z, standard deviation of the noise on the SUM over the clip norm."""
+    clip_norm: float = 1.0
+    """S, the L2 norm an update is clipped to."""
+    sampler: Literal["all", "poisson"] = "all"
+    """How a cohort is drawn."""
+    cohort: int | None = None
+    """m, expected canaries in a round; all when absent."""
+    delta: float = 1e-5
+    """Probability with which the claimed bound may fail."""
+    canaries: int = 1000
+    """Hospitals with a known update, each in or out by a coin; at least 1000."""
+    rounds: int = 1
+    """Rounds released."""
+    confidence: float = 0.95
+    """Of the lower bound."""
+    seed: int = 0
+    """Of coins, directions and noise."""
+    json: bool = False
+    """Print flat JSON."""
+
+
+def audit(words: list[str]) -> int:
+    """Attacks the engine's privacy."""
+    given = parse(AuditCommand, words, prog="capsfl audit")
+    from capsfl.federated.canaries import AuditConfig, audit_privacy
+    from capsfl.privacy.plan import PrivacyConfig
+
+    values = asdict(given)
+    chosen = {name: values.pop(name) for name in ("noise_multiplier", "clip_norm", "sampler", "cohort", "delta")}
+    del values["json"]
+    found = audit_privacy(PrivacyConfig(**chosen), config=AuditConfig(**values))
+    if given.json:
+        print(json.dumps(found))
+    else:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in found.items():
+            table.add_row(name, str(value))
+        Console().print(table)
+    return 1 if found["verdict"] == "refuted" else 0
 
 
 def bench(words: list[str]) -> int:
@@ -408,6 +465,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "verify": verify,
     "epsilon": epsilon,
+    "audit": audit,
     "bench": bench,
     "doctor": doctor,
 }

@@ -91,6 +91,8 @@ def test_a_bad_override_is_refused_in_one_line_that_names_it(capsys, words: tupl
     ("words", "named"),
     [
         (("epsilon",), ("missing", "--hospitals")),
+        (("audit", "--noise-multiplier", "0"), ("privacy.noise_multiplier = 0.0", "above 0")),
+        (("audit", "--noise-multiplier", "1", "--canaries", "10"), ("canaries", "10")),
         (("epsilon", "--hospitals", "10"), ("noise_multiplier: missing", "--target-epsilon")),
         (("epsilon", "--hospitals", "10", "--noise-multiplier", "1"), ("rounds: missing", "--rounds")),
         (("epsilon", "--hospitals", "10", "--target-epsilon", "1"), ("both missing",)),

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from capsfl.federated.aggregation import Rule
 from capsfl.federated.local import LocalResult
-from capsfl.federated.round import CohortRecords, RoundMetrics, RoundState, Setting, SlotMetrics, make_round
+from capsfl.federated.round import CohortRecords, RoundMetrics, RoundState, Setting, make_round
 from capsfl.privacy.plan import PrivacyPlan
 from capsfl.settings import Settings
 
@@ -63,6 +63,8 @@ class CohortProgram:
         self.num_slots = share * len(self._devices)
         self._mesh = Mesh(np.asarray(self._devices), (AXIS,))
         axis = None if config.parallel == "single" else AXIS
+        # A prefix of the metrics' tree: slots are split over the devices, the rest is the same on all of them.
+        layout: Any = RoundMetrics
         body = make_round(local_update, server_optimizer, plan, chunk=chunk, axis_name=axis, rule=rule, spread=spread)
         if config.parallel == "single":
             self._run = jax.jit(body)
@@ -71,7 +73,7 @@ class CohortProgram:
                 body,
                 axis_name=AXIS,
                 in_axes=(None, 0, None, None),
-                out_axes=(None, RoundMetrics(0, None)),
+                out_axes=(None, layout(0, None, None)),
                 devices=self._devices,
             )
         else:
@@ -81,7 +83,7 @@ class CohortProgram:
                     jax.shard_map,
                     mesh=self._mesh,
                     in_specs=(whole, split, whole, whole),
-                    out_specs=(whole, RoundMetrics(split, whole)),
+                    out_specs=(whole, layout(split, whole, whole)),
                     # The loop over a hospital's steps starts from replicated weights and ends in its own.
                     check_vma=False,
                 )(body)
@@ -113,5 +115,5 @@ class CohortProgram:
     ) -> tuple[RoundState, RoundMetrics]:
         """Runs one round; the slots' metrics come back `(slots,)` on the host."""
         state, metrics = self._run(state, cohort, setting, key)
-        slots = SlotMetrics(*(np.asarray(leaf).reshape(-1) for leaf in metrics.slots))
-        return state, RoundMetrics(slots, metrics.spread)
+        slots: Any = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1), metrics.slots)
+        return state, RoundMetrics(slots, metrics.spread, metrics.clip_norm)

@@ -52,6 +52,7 @@ class RoundReport:
         hospital_loss: the loss of each member of the cohort.
         update_norm: L2 norm of each member's update before clipping.
         not_finite: members whose update held NaN or infinity and was left out.
+        clip_norm: S of the round: configured, or where it follows the hospitals, what it had become.
         spread: per layer V_c as sum and as mean, and U_s (Eq 10 and 11), where asked for.
     """
 
@@ -61,6 +62,7 @@ class RoundReport:
     hospital_loss: Mapping[str, float] = field(default_factory=dict)
     update_norm: Mapping[str, float] = field(default_factory=dict)
     not_finite: tuple[str, ...] = ()
+    clip_norm: float | None = None
     spread: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -135,7 +137,8 @@ class Federation:
             zeros = jax.tree.map(jnp.zeros_like, parameters)
             number = len(self.hospitals)
             controls = Controls(zeros, jax.tree.map(lambda leaf: jnp.zeros((number, *leaf.shape), leaf.dtype), zeros))
-        return self.place(RoundState(parameters, server, jnp.int32(0), controls))
+        clip_norm = self._setting.clip_norm if self.plan.config.clipping == "quantile" else None
+        return self.place(RoundState(parameters, server, jnp.int32(0), controls, clip_norm))
 
     def place(self, state: RoundState) -> RoundState:
         """Puts a state, new or restored, on the devices."""
@@ -158,6 +161,7 @@ class Federation:
             hospital_loss=losses,
             update_norm={names[slot]: float(metrics.slots.update_norm[slot]) for slot in present},
             not_finite=tuple(names[slot] for slot in present if not np.isfinite(metrics.slots.update_norm[slot])),
+            clip_norm=float(metrics.clip_norm),
             spread={} if metrics.spread is None else _layers(metrics.spread),
         )
 

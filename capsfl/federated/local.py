@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 from pydantic import Field
 
 from capsfl.learning.tasks import Task
@@ -44,7 +43,7 @@ class LocalResult(NamedTuple):
     steps: jax.Array
 
 
-def make_optimizer(config: LocalConfig, learning_rate: ArrayLike | None = None) -> optax.GradientTransformation:
+def make_optimizer(config: LocalConfig, learning_rate: float | jax.Array | None = None) -> optax.GradientTransformation:
     """Builds the local optimizer; a given learning rate, traced in a sweep, replaces the configured one."""
     learning_rate = config.learning_rate if learning_rate is None else learning_rate
     if config.optimizer == "sgd":
@@ -72,7 +71,7 @@ def make_local_update(task: Task, config: LocalConfig) -> Callable[..., LocalRes
         count: jax.Array,
         *,
         key: jax.Array,
-        learning_rate: ArrayLike = config.learning_rate,
+        learning_rate: float | jax.Array = config.learning_rate,
         drift: Any = None,
     ) -> LocalResult:
         optimizer = make_optimizer(config, learning_rate)

@@ -19,7 +19,9 @@ from capsfl.federated import diagnostics
 from capsfl.federated.aggregation import Rule
 from capsfl.federated.diagnostics import Spread
 from capsfl.federated.local import LocalResult
+from capsfl.privacy.adaptive import centred_bit, median_norm, quantile_update, update_multiplier
 from capsfl.privacy.clipping import clip_by_global_norm
+from capsfl.privacy.laplace import release_laplace
 from capsfl.privacy.mechanisms import mean_with_noise
 from capsfl.privacy.plan import PrivacyPlan
 
@@ -44,12 +46,14 @@ class RoundState(NamedTuple):
         server: state of the server optimizer.
         round: scalar int32, rounds finished.
         controls: of SCAFFOLD, else None.
+        clip_norm: scalar, the S of the next round where it follows a quantile of the update norms, else None.
     """
 
     parameters: Any
     server: Any
     round: jax.Array
     controls: Controls | None = None
+    clip_norm: jax.Array | None = None
 
 
 class CohortRecords(NamedTuple):
@@ -100,19 +104,22 @@ class RoundMetrics(NamedTuple):
     Attributes:
         slots: per slot.
         spread: moments of the updates before clipping (Eq 9-11); None unless asked for.
+        clip_norm: scalar, the S that this round clipped to.
     """
 
     slots: SlotMetrics
     spread: Spread | None
+    clip_norm: jax.Array
 
 
 class _Outcome(NamedTuple):
     """What one hospital hands back; under vmap every leaf leads with the chunk axis."""
 
-    clipped: Any
+    contribution: Any
     metrics: SlotMetrics
     raw: Any
     control: Any
+    bit: jax.Array | None
 
 
 def make_round(
@@ -142,10 +149,25 @@ def make_round(
         hospital keys are folded from it, and every device adds the same noise to the same sum.
     """
 
+    privacy = plan.config
+    quantile, median = privacy.clipping == "quantile", privacy.clipping == "median"
+    # A median of norms is known only when everybody has trained.
+    stacked = rule is not None or median
+
+    def contribute(update: Any, bound: jax.Array, count: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
+        """What a hospital adds to the sum, and its L2 norm before clipping."""
+        clipped, norm = clip_by_global_norm(update, jnp.finfo(jnp.float32).max if median else bound)
+        if privacy.local_epsilon is None:
+            return clipped, norm
+        noisy, _ = release_laplace(update, key=key, clip_norm=bound, local_epsilon=privacy.local_epsilon)
+        # An empty slot is nobody, and releases nothing.
+        return jax.tree.map(lambda leaf: jnp.where(count > 0, leaf, 0), noisy), norm
+
     def round_body(
         state: RoundState, cohort: CohortRecords, setting: Setting, key: jax.Array
     ) -> tuple[RoundState, RoundMetrics]:
         local_key, noise_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+        bound = setting.clip_norm if state.clip_norm is None else state.clip_norm
 
         def train_one(records: Any, count: jax.Array, hospital: jax.Array) -> _Outcome:
             own = drift = None
@@ -160,7 +182,9 @@ def make_round(
                 learning_rate=setting.local_rate,
                 drift=drift,
             )
-            clipped, norm = clip_by_global_norm(result.update, setting.clip_norm)
+            release_key = jax.random.fold_in(jax.random.fold_in(key, 3), hospital)
+            contribution, norm = contribute(result.update, bound, count, release_key)
+            bit = jnp.where(count > 0, centred_bit(norm, bound), 0) if quantile else None
             control = None
             if drift is not None:
                 # Option II of SCAFFOLD: c_h - c + (w_t - w_h) / (K eta); a discarded update leaves c_h alone.
@@ -169,9 +193,10 @@ def make_round(
                 control = jax.tree.map(
                     lambda c_h, d, u: jnp.where(usable, -d - pace * u, c_h), own, drift, result.update
                 )
-            return _Outcome(clipped, SlotMetrics(result.loss, norm), result.update if spread else None, control)
+            metrics = SlotMetrics(result.loss, norm)
+            return _Outcome(contribution, metrics, result.update if spread else None, control, bit)
 
-        def add_chunk(carry: tuple[Any, Any], part: CohortRecords) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
+        def add_chunk(carry: tuple[Any, Any], part: CohortRecords) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
             total, moments = carry
             if chunk == 1:
                 # A batch of one would only cost compile time, and turn convolutions into grouped ones.
@@ -182,41 +207,56 @@ def make_round(
             if spread:
                 usable = (part.counts > 0) & jnp.isfinite(outcome.metrics.update_norm)
                 moments = diagnostics.merge_spread(moments, diagnostics.measure_spread(outcome.raw, usable))
-            if rule is None:
-                total = jax.tree.map(lambda t, c: t + c.sum(0), total, outcome.clipped)
-            stack = None if rule is None else outcome.clipped
-            return (total, moments), (outcome.metrics, stack, outcome.control)
+            if not stacked:
+                total = jax.tree.map(lambda t, c: t + c.sum(0), total, outcome.contribution)
+            stack = outcome.contribution if stacked else None
+            return (total, moments), (outcome.metrics, stack, outcome.control, outcome.bit)
 
         chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), cohort)
-        zero = jax.tree.map(jnp.zeros_like, state.parameters) if rule is None else None
+        zero = None if stacked else jax.tree.map(jnp.zeros_like, state.parameters)
         start = (zero, diagnostics.start_spread(state.parameters) if spread else None)
         (total, moments), outcomes = jax.lax.scan(add_chunk, start, chunks)
-        metrics, stack, controls = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outcomes)
+        metrics, stack, controls, bits = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outcomes)
         if axis_name is not None and spread:
             everywhere = jax.lax.all_gather(moments, axis_name)
             devices = everywhere.count.shape[0]
             parts = [jax.tree.map(lambda leaf, device=d: leaf[device], everywhere) for d in range(devices)]
             moments = functools.reduce(diagnostics.merge_spread, parts)
-        if rule is None:
-            if axis_name is not None:
-                total = jax.lax.psum(total, axis_name)
-            mean = mean_with_noise(
-                total,
-                plan=plan,
-                key=noise_key,
-                clip_norm=setting.clip_norm,
-                noise_multiplier=setting.noise_multiplier,
-            )
+        if stacked:
+            stack, counts, norms = _gather((stack, cohort.counts, metrics.update_norm), axis_name)
+            usable = (counts > 0) & jnp.isfinite(norms)
+            if median:
+                bound = median_norm(norms, usable, otherwise=setting.clip_norm)
+                stack, _ = jax.vmap(clip_by_global_norm, in_axes=(0, None))(stack, bound)
+            mean = rule(stack, counts, usable) if rule is not None else None
+            total = jax.tree.map(lambda leaf: leaf.sum(0), stack)
         else:
-            usable = (cohort.counts > 0) & jnp.isfinite(metrics.update_norm)
-            mean = rule(*_gather((stack, cohort.counts, usable), axis_name))
+            mean = None
+            total = total if axis_name is None else jax.lax.psum(total, axis_name)
+        if mean is None:
+            multiplier = setting.noise_multiplier
+            multiplier = update_multiplier(multiplier, plan.bit_noise) if quantile else multiplier
+            mean = mean_with_noise(total, plan=plan, key=noise_key, clip_norm=bound, noise_multiplier=multiplier)
+        next_norm = None
+        if quantile:
+            bit_sum = jnp.sum(bits) if axis_name is None else jax.lax.psum(jnp.sum(bits), axis_name)
+            next_norm = quantile_update(
+                bound,
+                bit_sum,
+                expected_cohort=plan.expected_cohort,
+                key=jax.random.fold_in(key, 2),
+                bit_noise=plan.bit_noise,
+                target_quantile=privacy.target_quantile,
+                learning_rate=privacy.clip_learning_rate,
+            )
         if state.controls is not None:
             controls = _update_controls(state.controls, *_gather((controls, cohort), axis_name))
         pseudo_gradient = jax.tree.map(jnp.negative, mean)
         optimizer = server_optimizer(setting.server_rate)
         updates, server = optimizer.update(pseudo_gradient, state.server, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        return RoundState(parameters, server, state.round + 1, controls), RoundMetrics(metrics, moments)
+        after = RoundState(parameters, server, state.round + 1, controls, next_norm)
+        return after, RoundMetrics(metrics, moments, bound)
 
     return round_body
 

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+import jax
 import optax
-from jax.typing import ArrayLike
 from pydantic import Field
 
 from capsfl.settings import Settings
@@ -18,7 +18,9 @@ class ServerConfig(Settings):
     """Step size of the server."""
 
 
-def make_server_optimizer(config: ServerConfig, learning_rate: ArrayLike | None = None) -> optax.GradientTransformation:
+def make_server_optimizer(
+    config: ServerConfig, learning_rate: float | jax.Array | None = None
+) -> optax.GradientTransformation:
     """Builds the server optimizer; feed it minus the mean update.
 
     Args:

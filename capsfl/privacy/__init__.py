@@ -1,6 +1,7 @@
 """Hospital-level differential privacy: who takes part, what is clipped, what is added, what it costs."""
 
 from capsfl.privacy.accounting import epsilon_report as epsilon_report
+from capsfl.privacy.accounting import epsilon_under_both_relations as epsilon_under_both_relations
 from capsfl.privacy.calibration import solve as solve
 from capsfl.privacy.clipping import clip_by_global_norm as clip_by_global_norm
 from capsfl.privacy.events import PrivacyError as PrivacyError

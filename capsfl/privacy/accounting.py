@@ -65,7 +65,7 @@ class Account:
     epsilon: float | None
     delta: float
     relation: Relation
-    unit: Literal["hospital"] = "hospital"
+    unit: Literal["hospital", "patient"] = "hospital"
     accountant: str
     library: str
     sampler: Sampler
@@ -144,8 +144,43 @@ def epsilon(mechanism: SampledGaussian, *, rounds: int, delta: float) -> float:
         return math.inf
     if mechanism.sampler == "all":
         return _gaussian_epsilon(mechanism.noise_multiplier, rounds=rounds, delta=delta)
-    one_round = _privacy_loss(mechanism, _grid_step(mechanism, rounds))
-    return float(one_round.self_compose(rounds).get_epsilon_for_delta(delta))
+    return _composed_epsilon(mechanism, mechanism.relation, rounds=rounds, delta=delta)
+
+
+@lru_cache(maxsize=256)
+def epsilon_under(mechanism: SampledGaussian, relation: Relation, *, rounds: int, delta: float) -> float:
+    """Returns the epsilon of `rounds` rounds under either relation, whichever the headline's is.
+
+    `poisson` and `fixed` by the PLD of the truncated event under that relation, `all` exactly, at z/2 for
+    replacing a hospital. Displacing a hospital is accounted as replacing it, so `fixed` gives the same figure
+    twice, but for a cohort of all.
+    """
+    _check(rounds=rounds, delta=delta)
+    multiplier = mechanism.noise_multiplier
+    if relation == mechanism.relation or rounds == 0 or multiplier < LEAST_NOISE:
+        return epsilon(mechanism, rounds=rounds, delta=delta)
+    if mechanism.sampler == "all":
+        return _gaussian_epsilon(multiplier / 2, rounds=rounds, delta=delta)
+    return _composed_epsilon(mechanism, relation, rounds=rounds, delta=delta)
+
+
+def epsilon_under_both_relations(report: dict[str, Any]) -> dict[str, Any]:
+    """Returns `epsilon_<relation>` of a report's setting, the headline's relation first, and `other_relation`.
+
+    Args:
+        report: of `epsilon_report` or `calibration.solve`. None means unbounded there and here.
+    """
+    fields = ("sampler", "hospitals", "cohort", "noise_multiplier", "truncation")
+    mechanism = SampledGaussian(**{field: report[field] for field in fields})
+    other: Relation = "replace_one" if mechanism.relation == "add_or_remove_one" else "add_or_remove_one"
+    relations: tuple[Relation, Relation] = (mechanism.relation, other)
+    figures: dict[str, Any] = {
+        f"epsilon_{relation}": _finite(
+            epsilon_under(mechanism, relation, rounds=report["rounds"], delta=report["delta"])
+        )
+        for relation in relations
+    }
+    return figures | {"other_relation": other}
 
 
 @lru_cache(maxsize=256)
@@ -196,6 +231,11 @@ def resolve_truncation(mechanism: SampledGaussian, *, rounds: int, delta: float)
     return replace(mechanism, truncation=high)
 
 
+def _composed_epsilon(mechanism: SampledGaussian, relation: Relation, *, rounds: int, delta: float) -> float:
+    one_round = _privacy_loss(mechanism, relation, _grid_step(mechanism, relation, rounds))
+    return float(one_round.self_compose(rounds).get_epsilon_for_delta(delta))
+
+
 def _gaussian_epsilon(noise_multiplier: float, *, rounds: int, delta: float) -> float:
     # T Gaussian releases are exactly one whose noise multiplier is smaller by sqrt(T). Far from the answer the
     # search inside takes the logarithm of a delta of 0: the limit it returns is the right one.
@@ -204,7 +244,9 @@ def _gaussian_epsilon(noise_multiplier: float, *, rounds: int, delta: float) -> 
 
 
 @lru_cache(maxsize=4)  # one distribution can hold tens of MB
-def _privacy_loss(mechanism: SampledGaussian, grid_step: float) -> privacy_loss_distribution.PrivacyLossDistribution:
+def _privacy_loss(
+    mechanism: SampledGaussian, relation: Relation, grid_step: float
+) -> privacy_loss_distribution.PrivacyLossDistribution:
     # What PLDAccountant builds for this event, kept so that a curve over rounds pays for it once.
     event = mechanism.event
     assert isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent)
@@ -214,18 +256,18 @@ def _privacy_loss(mechanism: SampledGaussian, grid_step: float) -> privacy_loss_
         truncated_batch_size=event.truncated_batch_size,
         noise_multiplier=event.noise_multiplier,
         value_discretization_interval=grid_step,
-        neighboring_relation=_NEIGHBOURS[mechanism.relation],
+        neighboring_relation=_NEIGHBOURS[relation],
     )
 
 
-def _grid_step(mechanism: SampledGaussian, rounds: int) -> float:
+def _grid_step(mechanism: SampledGaussian, relation: Relation, rounds: int) -> float:
     # Connecting the dots on a grid of step h raises epsilon by about 0.27 T h^2 (measured): T h^2 <= 1e-4
     # keeps that below 3e-5 with no more points than it takes.
     step = next((step for step in (1e-3, 5e-4, 2e-4) if rounds * step**2 <= 1e-4), 1e-4)
     # Little noise spreads the losses wider than memory holds at that step, and epsilon is then in the
     # hundreds: widen the grid. Displacing a hospital moves the accountant's mean by 4S, replacing one by 2S.
     displaces = mechanism.num_slots < mechanism.hospitals
-    distance = (4 if displaces else 2 if mechanism.sampler == "fixed" else 1) / mechanism.noise_multiplier
+    distance = (4 if displaces else 2 if relation == "replace_one" else 1) / mechanism.noise_multiplier
     width = distance**2 / 2 + 16 * distance * math.sqrt(1 + rounds * mechanism.sampling_probability)
     while width / step > 2**21:
         step *= 2

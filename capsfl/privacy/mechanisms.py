@@ -61,10 +61,10 @@ def mean_with_noise(
         key: A key used for nothing else, new in every round.
         clip_norm: S, where it is traced (a sweep); None takes the plan's.
         noise_multiplier: z, where it is traced (a sweep); None takes the plan's. The epsilon of a study is
-            that of a plan with its own z.
+            that of a plan with its own z. Under quantile clipping pass `adaptive.update_multiplier`.
     """
     bound = jnp.asarray(plan.config.clip_norm if clip_norm is None else clip_norm, jnp.float32)
-    multiplier = plan.config.noise_multiplier if noise_multiplier is None else noise_multiplier
+    multiplier = plan.update_multiplier if noise_multiplier is None else noise_multiplier
     deviation = jnp.asarray(multiplier, jnp.float32) * bound
     noisy = add_gaussian(clipped_sum, key=key, standard_deviation=deviation)
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(plan.expected_cohort, leaf.dtype), noisy)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -43,7 +44,33 @@ def sample_poisson(*, key: Array, num_hospitals: int, cohort: int, truncation: i
         # as it could be with a float32 uniform, whose grid is 2^-23.
         threshold = jnp.uint32(2**32 * cohort // num_hospitals)
         drawn = jax.random.bits(draw_key, (num_hospitals,), jnp.uint32) < threshold
-    order = _permutation(order_key, num_hospitals)
+    return _keep(order_key, drawn, truncation)
+
+
+def sample_patients(*, key: Array, num_patients: Array, capacity: int, expected: int, truncation: int) -> Cohort:
+    """Returns each of a hospital's patients with probability `expected / num_patients`, at most `truncation`.
+
+    The same draw as `sample_poisson`, for a number of patients that is traced because hospitals, which run in one
+    program, have different ones. Where `num_patients` is at most `expected`, all are drawn.
+
+    Args:
+        key: a key used for nothing else, new in every local step.
+        num_patients: scalar int32, at most `capacity`; patients are numbered from 0.
+        capacity: the most patients any hospital has.
+        expected: the expected number of patients in a step.
+        truncation: the most patients a step takes; `min(truncation, capacity)` slots come back.
+    """
+    draw_key, order_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    # The thresholds are integers, exact and rounded down: traced arithmetic would round them in float32.
+    thresholds = np.array([min(2**32 * expected // max(n, 1), 2**32 - 1) for n in range(capacity + 1)], np.uint32)
+    bits = jax.random.bits(draw_key, (capacity,), jnp.uint32)
+    drawn = (bits < jnp.asarray(thresholds)[num_patients]) | (num_patients <= expected)
+    drawn &= jnp.arange(capacity) < num_patients
+    return _keep(order_key, drawn, truncation)
+
+
+def _keep(order_key: Array, drawn: Array, truncation: int) -> Cohort:
+    order = _permutation(order_key, drawn.shape[0])
     drawn_first = order[jnp.argsort(~drawn[order], stable=True)][:truncation]
     return Cohort(drawn_first, drawn[drawn_first])
 

@@ -179,3 +179,60 @@ def test_diagnostics_are_equations_10_and_11_of_the_updates_before_clipping(line
     np.testing.assert_allclose(figures["V_c"], variance.sum(), rtol=1e-4)
     np.testing.assert_allclose(figures["V_c_mean"], variance.mean(), rtol=1e-4)
     np.testing.assert_allclose(figures["U_s"], (truth.mean(0) ** 2).mean(), rtol=1e-4)
+
+
+def test_quantile_clipping_finds_the_quantile_of_the_norms(line, truth):
+    norms = np.linalg.norm(truth, axis=1)
+    privacy = PrivacyConfig(clip_norm=0.1, clipping="quantile", clip_learning_rate=0.3, bit_noise=1e-3)
+    federation = engine(line, truth, rounds=RoundsConfig(local=LOCAL), privacy=privacy)
+    state = federation.init()
+    for _ in range(40):
+        state, report = federation.step(state)
+    assert state.clip_norm is not None
+    assert report.clip_norm is not None
+    assert report.clip_norm != pytest.approx(0.1)
+    # Four of seven at most C overshoots one half, three falls short: C settles around the fourth norm.
+    assert np.sort(norms)[2] * 0.95 < float(state.clip_norm) < np.sort(norms)[4] * 1.05
+
+
+def test_quantile_clipping_pays_for_its_bits_with_noise_on_the_updates(truth):
+    class Wide(nnx.Module):
+        def __init__(self) -> None:
+            self.weights = nnx.Param(jnp.zeros(200_000))
+
+    wide = make_task("wide", Wide(), lambda model, batch: jnp.mean(batch) + 0 * model.weights[...].sum())
+    privacy = PrivacyConfig(clip_norm=0.5, noise_multiplier=2.0, clipping="quantile", bit_noise=1.25)
+    federation = engine(wide, truth, rounds=RoundsConfig(local=LOCAL), privacy=privacy)
+    state, _ = federation.step(federation.init())
+    share = (2.0**-2 - 2.5**-2) ** -0.5
+    noise = np.asarray(jax.tree.leaves(state.parameters)[0])
+    assert abs(noise.std() / (share * 0.5 / 7) - 1) < 0.01
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_median_clipping_is_geyers(line, truth, chunk):
+    rows = truth * np.arange(1, 8, dtype=np.float32)[:, None]
+    privacy = PrivacyConfig(clip_norm=1.0, clipping="median")
+    federation = engine(line, rows, rounds=RoundsConfig(local=LOCAL), privacy=privacy, chunk=chunk)
+    state, report = federation.step(federation.init())
+    norms = np.linalg.norm(rows, axis=1)
+    bound = np.median(norms)
+    expected = (rows * np.minimum(1, bound / norms)[:, None]).mean(0)
+    np.testing.assert_allclose(jax.tree.leaves(state.parameters)[0], expected, rtol=1e-5)
+    assert report.clip_norm == pytest.approx(bound, rel=1e-5)
+    assert federation.plan.statement(1).epsilon is None
+
+
+def test_laplace_noise_lies_on_every_hospitals_own_update(truth):
+    class Wide(nnx.Module):
+        def __init__(self) -> None:
+            self.weights = nnx.Param(jnp.zeros(200_000))
+
+    wide = make_task("wide", Wide(), lambda model, batch: jnp.mean(batch) + 0 * model.weights[...].sum())
+    privacy = PrivacyConfig(clip_norm=1.0, mechanism="laplace", local_epsilon=4.0, clip_kind="l1")
+    federation = engine(wide, truth, rounds=RoundsConfig(local=LOCAL), privacy=privacy)
+    state, _ = federation.step(federation.init())
+    noise = np.asarray(jax.tree.leaves(state.parameters)[0])
+    # Seven draws of scale 2 S / epsilon, variance 2 scale^2 each, in a mean of seven.
+    assert abs(noise.std() / (np.sqrt(2 / 7) * 2 * 1.0 / 4.0) - 1) < 0.01
+    assert federation.plan.epsilon(3) == 12.0

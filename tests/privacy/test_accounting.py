@@ -7,7 +7,7 @@ import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 
-from capsfl.privacy import PrivacyError, epsilon_report
+from capsfl.privacy import PrivacyError, epsilon_report, epsilon_under_both_relations
 from capsfl.privacy.accounting import beside_epsilon, epsilon, resolve_truncation
 from capsfl.privacy.events import SampledGaussian
 
@@ -194,3 +194,28 @@ def test_contradictory_values_are_refused_in_one_line(changes, message):
     with pytest.raises(PrivacyError, match=message) as refusal:
         epsilon_report(**(values | changes))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "first", "second"),
+    [
+        ("poisson", "add_or_remove_one", "replace_one"),
+        ("fixed", "replace_one", "add_or_remove_one"),
+        ("all", "add_or_remove_one", "replace_one"),
+    ],
+)
+def test_both_relations_stand_side_by_side_with_the_headline_first(sampler, first, second):
+    report = epsilon_report(
+        hospitals=30,
+        cohort=30 if sampler == "all" else 5,
+        noise_multiplier=2.0,
+        rounds=10,
+        delta=1e-3,
+        sampler=sampler,
+    )
+    both = epsilon_under_both_relations(report)
+    assert list(both) == [f"epsilon_{first}", f"epsilon_{second}", "other_relation"]
+    assert both[f"epsilon_{first}"] == report["epsilon"]
+    assert both["epsilon_add_or_remove_one"] <= both["epsilon_replace_one"] * (1 + 1e-9)
+    if sampler == "all":
+        assert both["epsilon_replace_one"] == report["beside_epsilon"]

@@ -109,3 +109,15 @@ def test_strict_promotion_is_accepted():
     with jax.numpy_dtype_promotion("strict"):
         released = mean_with_noise({"w": jnp.ones((3,))}, plan=_plan(1.0, 1.0), key=jax.random.key(0))
     assert released["w"].dtype == jnp.float32
+
+
+def test_the_noise_is_within_one_percent_of_z_s_over_m():
+    noise = np.asarray(mean_with_noise(jnp.zeros((MILLION,)), plan=_plan(0.5, 2.2), key=jax.random.key(8)), np.float64)
+    assert noise.std() == pytest.approx(2.2 * 0.5 / 10, rel=0.01)
+
+
+def test_the_divisor_stays_m_whatever_cohort_was_realised():
+    # Dividing by the realised cohort would release 1 for each of these, and move by far more than S/m.
+    for realised in (1, 5, 10, 17):
+        released = mean_with_noise(jnp.full((2,), float(realised)), plan=_plan(1.0, 0.0), key=jax.random.key(0))
+        np.testing.assert_allclose(released, realised / 10, rtol=1e-6)

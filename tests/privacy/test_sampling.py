@@ -98,3 +98,27 @@ def test_rounds_draw_different_cohorts_and_the_same_key_the_same(sampler):
 
     assert sample(0).indices.tolist() == sample(0).indices.tolist()
     assert sample(0).indices.tolist() != sample(1).indices.tolist()
+
+
+def _chi_squared(counts, probability):
+    # Each count is binomial; fixed cohorts' counts are negatively correlated, which only lowers the statistic's tail.
+    return ((counts - DRAWS * probability) ** 2 / (DRAWS * probability * (1 - probability))).sum()
+
+
+@pytest.mark.parametrize("name", ["poisson", "truncated", "fixed"])
+def test_every_hospital_is_drawn_as_often_as_accounted_by_chi_square(name):
+    if name == "fixed":
+        indices, mask = _many(lambda key: sample_fixed(key=key, num_hospitals=20, cohort=6))
+        probability = 0.3
+    else:
+        cap = 20 if name == "poisson" else 7
+        indices, mask = _many(lambda key: sample_poisson(key=key, num_hospitals=20, cohort=6, truncation=cap))
+        probability = np.minimum(np.arange(21), cap) @ stats.binom.pmf(np.arange(21), 20, 0.3) / 20
+    statistic = _chi_squared(_appearances(indices, mask, 20), probability)
+    assert statistic < stats.chi2.ppf(1 - 1e-4, 20)
+
+
+def test_the_chi_square_notices_a_hospital_drawn_a_fifth_too_often():
+    counts = np.full(20, DRAWS * 0.3)
+    counts[0] *= 1.2
+    assert _chi_squared(counts, 0.3) > stats.chi2.ppf(1 - 1e-4, 20)
