@@ -1,6 +1,6 @@
 """How a cohort's clipped updates become one: the sum that the privacy statement is about, or a robust rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -29,6 +29,16 @@ Rule = Callable[[Any, jax.Array, jax.Array], Any]
 """`(updates (slots, ...), counts (slots,), mask (slots,)) -> update`; a masked slot has no say."""
 
 
+UNCOVERED: Mapping[str, str] = {
+    "weighted": "it divides by the realised records, which no noise fixed beforehand covers",
+    "median": "the noise is calibrated to a sum, and a median is none",
+    "trimmed_mean": "the noise is calibrated to a sum, and leaving out depends on everybody's update",
+    "krum": "it selects by un-noised updates",
+    "multi_krum": "it selects by un-noised updates",
+}
+"""Why the noise of the privacy statement, which survives `mean`, does not cover a rule."""
+
+
 def make_rule(config: AggregationConfig, plan: PrivacyPlan) -> Rule | None:
     """Builds the rule over stacked updates; None for the sum, which needs no stack.
 
@@ -41,7 +51,7 @@ def make_rule(config: AggregationConfig, plan: PrivacyPlan) -> Rule | None:
         raise PrivacyError(
             "aggregation.rule",
             config.rule,
-            f"{robust.PRIVACY[_described(config.rule)]}; choose mean, or set privacy.noise_multiplier to 0",
+            f"{UNCOVERED[config.rule]}, so no epsilon would hold; choose mean, or set privacy.noise_multiplier to 0",
         )
     if config.rule == "weighted":
         return lambda updates, counts, mask: robust.weighted_mean(updates, counts.astype("float32"), mask)
@@ -63,8 +73,3 @@ def make_rule(config: AggregationConfig, plan: PrivacyPlan) -> Rule | None:
             f"multi_krum averages at most cohort - f - 2 = {plan.num_slots - config.byzantine - 2} updates",
         )
     return lambda updates, counts, mask: robust.krum(updates, mask, byzantine=config.byzantine, selected=selected)
-
-
-def _described(rule: str) -> str:
-    names = {"weighted": "weighted_mean", "median": "coordinate_median", "multi_krum": "krum"}
-    return names.get(rule, rule)

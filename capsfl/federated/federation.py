@@ -100,12 +100,12 @@ class Federation:
         # Tasks and runs of one seed must not share noise: the accountant adds them up as independent.
         name = hashlib.sha256(f"{stream}/{task.name}".encode()).digest()
         self.key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(name[:4], "big"))
-        if config.scaffold and privacy.noise_multiplier > 0:
+        if config.scaffold and (privacy.noise_multiplier > 0 or privacy.local_epsilon is not None):
             raise PrivacyError(
                 "scaffold",
                 "true",
-                "control variates leave the hospitals un-noised, so no epsilon would hold; switch it off or set "
-                "privacy.noise_multiplier to 0",
+                "control variates leave the hospitals un-noised, so no epsilon would hold; switch it off, or "
+                "leave privacy.noise_multiplier and privacy.local_epsilon out",
             )
         self._server_optimizer = functools.partial(make_server_optimizer, config.server)
         self._scaffold = config.scaffold

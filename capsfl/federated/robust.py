@@ -1,24 +1,11 @@
-"""Aggregation rules over one cohort's stacked updates: weighted mean, median, trimmed mean, Krum, vote weights."""
+"""Aggregation rules over one cohort's stacked updates: weighted mean, median, trimmed mean, Krum."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from capsfl.privacy.events import PrivacyError
-
-PRIVACY: Mapping[str, str] = MappingProxyType(
-    {
-        "weighted_mean": "Survives if the weights are fixed in advance and the noise covers S times the largest.",
-        "coordinate_median": "Does not survive central noise calibrated to a sum; only on updates noised locally.",
-        "trimmed_mean": "Does not survive central noise calibrated to a sum; only on updates noised locally.",
-        "krum": "Does not survive: selection depends on un-noised updates; only on updates noised locally.",
-        "vote_weights": "Does not survive: the weights are computed from data and are not themselves noised.",
-    }
-)
-"""For each rule, whether the (ε, δ) of noise on a sum of clipped updates still holds."""
 
 
 def _column(mask: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -105,14 +92,3 @@ def krum(updates: Any, mask: jax.Array, *, byzantine: int, selected: int = 1) ->
     enough = count >= max(2 * byzantine + 3, selected + byzantine + 2)
     mean = weighted_mean(updates, jnp.ones(slots), chosen)
     return jax.tree.map(lambda one, other: jnp.where(enough, one, other), mean, median)
-
-
-def vote_weights(errors: jax.Array, mask: jax.Array, *, gamma: float = 1.0) -> jax.Array:
-    """Weights `(slots,)` proportional to `exp(-MAE(H_j))` with Eq 18's `MAE(H_j)`; zero for an empty cohort.
-
-    The exponential is this toolkit's choice. Eq 18's mean term is the same for all j and cancels.
-    """
-    valid = mask & jnp.isfinite(errors)
-    scores = jnp.where(valid, -gamma * jnp.clip(errors, 0, 1), -jnp.inf)
-    shares = jnp.where(valid, jnp.exp(scores - jnp.where(valid.any(), scores.max(), 0)), 0)
-    return shares / jnp.where(valid.any(), shares.sum(), 1)

@@ -159,14 +159,13 @@ def test_scaffold_keeps_its_control_variates_as_its_paper_says(truth, chunk):
         np.testing.assert_allclose(jax.tree.leaves(state.controls.hospitals)[0], own, rtol=1e-4, atol=1e-6)
 
 
-def test_scaffold_refuses_noise_by_name(truth):
+@pytest.mark.parametrize(
+    "noise", [{"noise_multiplier": 1.0}, {"mechanism": "laplace", "local_epsilon": 1.0, "clip_kind": "l1"}]
+)
+def test_scaffold_refuses_noise_by_name(truth, noise):
+    rounds = RoundsConfig(local=LOCAL, scaffold=True)
     with pytest.raises(PrivacyError, match="scaffold"):
-        engine(
-            quadratic(),
-            truth,
-            rounds=RoundsConfig(local=LOCAL, scaffold=True),
-            privacy=PrivacyConfig(clip_norm=1.0, noise_multiplier=1.0),
-        )
+        engine(quadratic(), truth, rounds=rounds, privacy=PrivacyConfig(clip_norm=1.0, **noise))
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
