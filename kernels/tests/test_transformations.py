@@ -92,7 +92,10 @@ def _one_after_the_other(name, own_weights):
 
 
 def _close(got, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), got, expected)
+    # Squash has a steep gradient at short vectors: what rounding does there is measured by the array's own size.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-3 * float(np.abs(b).max())), got, expected
+    )
 
 
 @pytest.mark.parametrize("implementation", ["reference", "streamed"])

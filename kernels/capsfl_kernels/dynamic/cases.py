@@ -18,7 +18,7 @@ TINY = Case(batch=2, inputs=5, depth=3, capsules=4, dim=6)
 ONE_OUTPUT = Case(batch=3, inputs=7, depth=4, capsules=1, dim=5)
 ONE_ITERATION = Case(batch=3, inputs=7, depth=4, capsules=3, dim=5, num_iters=1)
 SINGLE_INPUT = Case(batch=1, inputs=1, depth=1, capsules=2, dim=1, num_iters=4)
-# Axes longer than the sums that the streamed form writes out term by term.
+# Axes that loops over a few terms at a time leave a rest of.
 MANY_CLASSES = Case(batch=2, inputs=3, depth=2, capsules=34, dim=2)
 DEEP = Case(batch=2, inputs=3, depth=34, capsules=2, dim=2)
 MODERATE = Case(batch=128, inputs=1024, depth=8, capsules=16, dim=16)

@@ -9,6 +9,7 @@ whole vectors, and the products of a block are matrix products over (block · D,
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -17,11 +18,8 @@ from jax import lax
 
 from capsfl_kernels.arguments import common_variation
 from capsfl_kernels.dynamic import iterations
+from capsfl_kernels.sums import sum_mapped
 from capsfl_kernels.votes.tile import Routing
-
-# A sum of so few terms is written out: XLA:CPU then runs along the batch in vectors, as it does not in a fused
-# reduction. Long ones are not: with M = 100 terms the gradient took nearly twice the time of a plain sum.
-_MOST_TERMS = 32
 
 
 class Blocks(NamedTuple):
@@ -84,15 +82,15 @@ class Streaming(NamedTuple):
             projected = None if v is None else self._project(w, v, u)
             grad_projected = self._project(w, g, u)
             coupling = self._couple(projected, u, w)
-            factors = [(coupling[:, :, None], grad_projected)]
+            factors = [coupling, grad_projected]
             grad_w = self._outer(_weigh(coupling, u, w), g)
             if v is not None and projected is not None and not constant:
-                grad_logits = _softmax_vjp(coupling, _sum_products(2, (grad_projected, u[None])))
-                factors.append((grad_logits[:, :, None], projected))
+                grad_logits = _softmax_vjp(coupling, _agree(grad_projected, u))
+                factors += [grad_logits, projected]
                 weighted = _weigh(grad_logits, u, w)
                 grad_w += self._outer(weighted, v)
                 grad_v += self._product("mxk,mxb->mkb", w, weighted, dtype)
-            grad_u = _sum_products(0, *factors)
+            grad_u = sum_mapped(_weigh_both, (0,) * len(factors), *factors)
             return grad_v, Blocks(total.inputs.at[index].add(grad_u), total.weights.at[index].add(grad_w))
 
         grad_v, total = lax.fori_loop(0, arranged.inputs.shape[0], step, (jnp.zeros_like(g), grads))
@@ -112,7 +110,7 @@ class Streaming(NamedTuple):
         """Couplings (M, block, batch) from Wᵀ V; all 1 without it, which XLA then never multiplies by."""
         if projected is None:
             return jnp.ones((w.shape[0], u.shape[0], u.shape[2]), u.dtype)
-        return _softmax(_sum_products(2, (projected, u[None])), self.routing.leaky)
+        return _softmax(_agree(projected, u), self.routing.leaky)
 
     def _project(self, w: jax.Array, state: jax.Array, u: jax.Array) -> jax.Array:
         """Wᵀ V for one block: (M, block, D, batch)."""
@@ -163,13 +161,12 @@ def _weigh(coupling: jax.Array, u: jax.Array, w: jax.Array) -> jax.Array:
     return weighted.reshape(w.shape[0], w.shape[1], -1).astype(w.dtype)
 
 
-def _sum_products(axis: int, *factors: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Sum over an axis of all ``a · b``; both are as long there, and the other axes broadcast."""
-    count = factors[0][0].shape[axis]
-    if count > _MOST_TERMS:
-        return jnp.sum(functools.reduce(jnp.add, (a * b for a, b in factors)), axis=axis)
-    take = functools.partial(lax.index_in_dim, axis=axis, keepdims=False)
-    return functools.reduce(
-        jnp.add,
-        (functools.reduce(jnp.add, (take(a, n) * take(b, n) for a, b in factors)) for n in range(count)),
-    )
+def _agree(projected: jax.Array, u: jax.Array) -> jax.Array:
+    """P · u summed over D: (M, block, batch) from (M, block, D, batch) and (block, D, batch)."""
+    return sum_mapped(lambda p, component: p * component[None], (2, 1), projected, u)
+
+
+def _weigh_both(*factors: jax.Array) -> jax.Array:
+    """For one capsule, what reaches u: weights (block, batch) times vectors (block, D, batch), pair by pair."""
+    weighted = [weight[:, None] * vector for weight, vector in zip(factors[::2], factors[1::2], strict=True)]
+    return functools.reduce(operator.add, weighted)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from capsfl_kernels.em.reference import Routing
+from capsfl_kernels.sums import sum_leading, sum_mapped
 
 
 class Mixture(NamedTuple):
@@ -40,10 +41,14 @@ def share(votes: jax.Array, activations: jax.Array, mixture: Mixture | None) -> 
     """
     if mixture is None:
         return jnp.broadcast_to(activations[:, None] / votes.shape[1], (*votes.shape[:2], votes.shape[3]))
-    distance = jnp.sum(jnp.square(votes - mixture.mean[None]) * mixture.precision[None], axis=2)
-    logits = mixture.prior[None] - distance
+
+    def distance(vote: jax.Array, mean: jax.Array, precision: jax.Array) -> jax.Array:
+        return jnp.square(vote - mean[None]) * precision[None]
+
+    logits = mixture.prior[None] - sum_mapped(distance, (2, 1, 1), votes, mixture.mean, mixture.precision)
     raised = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
-    return raised * (activations / jnp.sum(raised, axis=1))[:, None]
+    received = activations / sum_mapped(_itself, (1,), raised)
+    return raised * received[:, None]
 
 
 def pull(
@@ -54,24 +59,27 @@ def pull(
     The reverse of ``Sums(Σ r, Σ r (V − c), Σ r (V − c)²)`` with ``r = share(votes, activations, mixture)``; by
     hand, since it needs a third of the passes over the block that the transpose of the single steps needs.
     """
-    centred = votes - centre[None]
-    slope = grad.first[None] + grad.second[None] * centred
-    grad_shared = grad.received[None] + jnp.sum(slope * centred, axis=2)
+
+    def along(vote: jax.Array, centre: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+        centred = vote - centre[None]
+        return (first[None] + second[None] * centred) * centred
+
+    grad_shared = grad.received[None] + sum_mapped(along, (2, 1, 1, 1), votes, centre, grad.first, grad.second)
     shared = share(votes, jnp.ones_like(activations), mixture)
-    grad_activations = jnp.sum(shared * grad_shared, axis=1)
+    grad_activations = sum_mapped(jnp.multiply, (1, 1), shared, grad_shared)
     weighted = shared * activations[:, None]
-    grad_votes = weighted[:, :, None] * (slope + grad.second[None] * centred)
+    slope = grad.first[None] + 2 * grad.second[None] * (votes - centre[None])
+    grad_votes = weighted[:, :, None] * slope
     if mixture is None:
         return grad_votes, grad_activations, None
     grad_logits = weighted * (grad_shared - grad_activations[:, None])
-    apart = votes - mixture.mean[None]
-    pulled = grad_logits[:, :, None] * apart
-    towards = 2 * mixture.precision
+    mean, towards = mixture.mean, 2 * mixture.precision
     grad_mixture = Mixture(
-        mean=towards * jnp.sum(pulled, axis=0),
-        precision=-jnp.sum(pulled * apart, axis=0),
+        mean=towards * sum_leading(lambda logit, vote: logit[:, None] * (vote - mean), grad_logits, votes),
+        precision=-sum_leading(lambda logit, vote: logit[:, None] * jnp.square(vote - mean), grad_logits, votes),
         prior=jnp.sum(grad_logits, axis=0),
     )
+    pulled = grad_logits[:, :, None] * (votes - mean[None])
     return grad_votes - pulled * towards[None], grad_activations, grad_mixture
 
 
@@ -90,3 +98,7 @@ def maximise(
     evidence = routing.inverse_temperature(iteration) * (beta_a[:, None] - cost)
     log_activation = jax.nn.log_sigmoid(evidence)
     return Mixture(mean, 1 / (2 * variance), log_activation - log_deviation), log_activation
+
+
+def _itself(x: jax.Array) -> jax.Array:
+    return x

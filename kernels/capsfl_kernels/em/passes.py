@@ -14,6 +14,7 @@ from jax import lax
 
 from capsfl_kernels.em.mixture import Mixture, Sums, maximise, pull, share
 from capsfl_kernels.em.reference import Routing
+from capsfl_kernels.sums import sum_leading
 
 
 class Source(Protocol):
@@ -113,10 +114,10 @@ def _gather_pass(source: Source, nothing: jax.Array, mixture: Mixture | None) ->
         received = jnp.sum(shared, axis=0)
         # About the former mean first: sums of small numbers.
         origin = nothing if mixture is None else mixture.mean
-        centred = votes - origin[None]
-        offset = jnp.sum(shared[:, :, None] * centred, axis=0) * _reciprocal(received)[:, None]
-        squares = jnp.sum(shared[:, :, None] * jnp.square(centred - offset[None]), axis=0)
-        return _merge(carry, (received, origin + offset, squares)), None
+        offset = sum_leading(lambda part, vote: part[:, None] * (vote - origin), shared, votes)
+        mean = origin + offset * _reciprocal(received)[:, None]
+        squares = sum_leading(lambda part, vote: part[:, None] * jnp.square(vote - mean), shared, votes)
+        return _merge(carry, (received, mean, squares)), None
 
     start = (nothing[:, 0], nothing, nothing)
     received, centre, squares = lax.scan(step, start, jnp.arange(source.count()))[0]
