@@ -3,6 +3,8 @@
 from capsfl.ledger.block import Block, SignedHead
 from capsfl.ledger.canonical import decimal
 from capsfl.ledger.chain import Ledger
+from capsfl.ledger.consensus import ConsensusRules, Decision, ballot_of, decide, leader_of, tally
+from capsfl.ledger.directory import Directory, attribute_distance, xor_distance
 from capsfl.ledger.errors import (
     CanonicalError,
     DamageError,
@@ -11,8 +13,10 @@ from capsfl.ledger.errors import (
     LedgerError,
     LockedError,
     RecordError,
+    SealError,
     StorageError,
 )
+from capsfl.ledger.keyfiles import load_key, save_key
 from capsfl.ledger.keys import Signer, Verifier
 from capsfl.ledger.records import (
     Genesis,
@@ -23,12 +27,21 @@ from capsfl.ledger.records import (
     record_id,
     tensor_leaf,
 )
+from capsfl.ledger.sealing import seal, unseal
+from capsfl.ledger.sharing import AccessPolicy, RetrievalGrant, RetrievalRequest
+from capsfl.ledger.statements import Ballot, Commitment, Revocation, Rotation, commit, opens
 from capsfl.ledger.verify import Finding, Status, verify
 
 __all__ = [
+    "AccessPolicy",
+    "Ballot",
     "Block",
     "CanonicalError",
+    "Commitment",
+    "ConsensusRules",
     "DamageError",
+    "Decision",
+    "Directory",
     "Divergence",
     "Finding",
     "Genesis",
@@ -39,15 +52,32 @@ __all__ = [
     "Record",
     "RecordError",
     "Registration",
+    "RetrievalGrant",
+    "RetrievalRequest",
+    "Revocation",
+    "Rotation",
     "RoundRecord",
+    "SealError",
     "SignedHead",
     "Signer",
     "Status",
     "StorageError",
     "Verifier",
+    "attribute_distance",
+    "ballot_of",
+    "commit",
+    "decide",
     "decimal",
+    "leader_of",
+    "load_key",
+    "opens",
     "parameters_root",
     "record_id",
+    "save_key",
+    "seal",
+    "tally",
     "tensor_leaf",
+    "unseal",
     "verify",
+    "xor_distance",
 ]

@@ -66,6 +66,14 @@ class SignedHead:
         """Tells whether the head's own key signed it."""
         return Verifier(self.public_key).verify(self.signature, "head", self.chain_id, canonical.encode(self._body()))
 
+    def cosign(self, signer: Signer) -> bytes:
+        """Returns a member's or witness's r ‖ s over this head, 64 bytes."""
+        return signer.sign("approval", self.chain_id, canonical.encode(self._body()))
+
+    def is_cosigned(self, public_key: bytes, signature: bytes) -> bool:
+        """Tells whether this key cosigned the head."""
+        return Verifier(public_key).verify(signature, "approval", self.chain_id, canonical.encode(self._body()))
+
     def contradicts(self, other: "SignedHead") -> bool:
         """Tells whether the two prove equivocation: one key signed two roots for one size of one chain."""
         same = (self.chain_id, self.public_key, self.size) == (other.chain_id, other.public_key, other.size)
@@ -99,6 +107,9 @@ class Block:
         signer: Hospital id of the chain's owner.
         records: What the block records, at least one.
         signature: r ‖ s over the chain's head with this block in it, 64 bytes.
+        work: Number that gives the header's hash the zero bits the chain's rules ask for; None where they ask none.
+        approvals: Pairs of member id and r ‖ s in hex over the same head, sorted by id: the members' votes for the
+            block, and what a witness keeps.
     """
 
     chain_id: str
@@ -108,10 +119,12 @@ class Block:
     signer: str
     records: tuple[Record, ...]
     signature: bytes
+    work: int | None = None
+    approvals: tuple[tuple[str, str], ...] = ()
 
     def header(self) -> dict[str, Any]:
-        """Returns what the block's hash covers: everything but the signature (the records by their root)."""
-        return {
+        """Returns what the block's hash covers: everything but the signatures (the records by their root)."""
+        header = {
             "type": "block.v1",
             "chain_id": self.chain_id,
             "height": self.height,
@@ -119,6 +132,7 @@ class Block:
             "records_root": self.records_root,
             "signer": self.signer,
         }
+        return header if self.work is None else header | {"work": self.work}
 
     def hash(self) -> bytes:
         """Returns the RFC 6962 leaf hash of the header: identity of the block, leaf of the chain's tree."""
@@ -126,17 +140,18 @@ class Block:
 
     def encode(self) -> bytes:
         """Returns the canonical bytes of the whole block."""
-        return canonical.encode(
-            {
-                "header": self.header(),
-                "records": [record.to_canonical() for record in self.records],
-                "signature": self.signature.hex(),
-            }
-        )
+        value = {
+            "header": self.header(),
+            "records": [record.to_canonical() for record in self.records],
+            "signature": self.signature.hex(),
+        }
+        if self.approvals:
+            value["approvals"] = [list(pair) for pair in self.approvals]
+        return canonical.encode(value)
 
     @classmethod
     def decode(cls, data: bytes) -> "Block":
-        """Returns the block in `data`; says nothing about its place in a chain (see `Chain.extend`).
+        """Returns the block in `data`; says nothing about its place in a chain (see `History.extend`).
 
         Raises:
             LedgerError: `data` is not a block, or a record in it is not one.
@@ -152,8 +167,10 @@ class Block:
                 signer=header["signer"],
                 records=tuple(from_canonical(record) for record in value["records"]),
                 signature=bytes.fromhex(value["signature"]),
+                work=header.get("work"),
+                approvals=tuple((str(member), str(signature)) for member, signature in value.get("approvals", ())),
             )
-            whole = block.encode() == data and type(block.height) is int
+            whole = block.encode() == data and type(block.height) is int and type(block.work) in (int, type(None))
         except LedgerError:
             raise
         except (TypeError, KeyError, ValueError):

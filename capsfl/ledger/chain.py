@@ -16,11 +16,13 @@ from pathlib import Path
 
 from capsfl.ledger import merkle, storage
 from capsfl.ledger.block import Block, SignedHead
+from capsfl.ledger.consensus import ConsensusRules
 from capsfl.ledger.errors import Divergence, LedgerError
 from capsfl.ledger.history import History, compare_rounds
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.log import parse, parse_whole, survey
 from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord
+from capsfl.ledger.rules import Index
 
 
 class Ledger:
@@ -39,15 +41,22 @@ class Ledger:
 
     @classmethod
     def create(
-        cls, folder: Path | str, *, signer: Signer, chain_id: str, registrations: Sequence[Registration] = ()
+        cls,
+        folder: Path | str,
+        *,
+        signer: Signer,
+        chain_id: str,
+        registrations: Sequence[Registration] = (),
+        rules: ConsensusRules | None = None,
     ) -> "Ledger":
-        """Starts a ledger in a new or empty folder, with these hospitals in its first block.
+        """Starts a ledger in a new or empty folder, with these hospitals and rules in its first block.
 
         Raises:
             LedgerError: the folder already holds a ledger, or something a creation did not leave there.
         """
         genesis = Genesis(chain_id, signer.public_key)
-        block = History().next_block((genesis, *registrations), signer)
+        stated = () if rules is None else (rules,)
+        block = History().next_block((genesis, *stated, *registrations), signer)
         return cls._begin(Path(folder), storage.frame(block.encode()), signer)
 
     @classmethod
@@ -104,29 +113,37 @@ class Ledger:
             raise
         return ledger
 
-    def append(self, record: Record) -> Block:
-        """Adds a record in a block of its own and returns the block, on disk when this returns.
+    def append(self, *records: Record, members: Sequence[Signer] = ()) -> Block:
+        """Adds records in one block and returns the block, on disk when this returns.
 
-        Appending a record that is there already returns its block and writes nothing. After an error from
-        the file system the append may or may not have happened: this object refuses further work, and
-        opening the ledger again tells.
+        Appending records that a block holds already returns that block and writes nothing. After an error from
+        the file system the append may or may not have happened: this object refuses further work, and opening
+        the ledger again tells.
+
+        Args:
+            *records: what the block records.
+            members: keys of the hospitals that approve it, where the chain's rules ask for approvals.
 
         Raises:
             Divergence: another record of the same round is there; names the first tensor that differs.
             StorageError: the file system refused.
-            LedgerError: a rule forbids the record, or the ledger was opened for reading.
+            LedgerError: a rule forbids a record, or the ledger was opened for reading.
         """
         signer = self._writer()
-        held = self._chain.holding(record)
-        if held is not None:
-            return held
-        if isinstance(record, RoundRecord):
-            recorded = self.find(record.task, record.round)
-            if recorded is not None:
+        holders = [self._chain.holding(record) for record in records]
+        if holders and holders[0] is not None and all(held is holders[0] for held in holders):
+            return holders[0]
+        for record in records:
+            if isinstance(record, RoundRecord) and (recorded := self.find(record.task, record.round)) is not None:
                 compare_rounds(recorded, record)
-        block = self._chain.next_block((record,), signer)
+        block = self._chain.next_block(records, signer, members)
         self._write([block])
         return block
+
+    @property
+    def index(self) -> Index:
+        """What the records so far add up to: members and their keys, commitments, ballots, decisions, policies."""
+        return self._chain.index
 
     def find(self, task: str, round: int) -> RoundRecord | None:
         """Returns the record of one round, or None."""
@@ -243,12 +260,12 @@ def _check_leftover(log: Path, wanted: History) -> None:
 
 
 def _divergence(folder: Path, mine: Block, theirs: Block) -> Divergence:
-    recorded, rerun = mine.records[0], theirs.records[0]
-    if (
-        isinstance(recorded, RoundRecord)
-        and isinstance(rerun, RoundRecord)
-        and (recorded.task, recorded.round) == (rerun.task, rerun.round)
-    ):
+    pairs = ((a, b) for a in mine.records for b in theirs.records)
+    for recorded, rerun in pairs:
+        if not (isinstance(recorded, RoundRecord) and isinstance(rerun, RoundRecord)):
+            continue
+        if (recorded.task, recorded.round) != (rerun.task, rerun.round):
+            continue
         try:
             compare_rounds(recorded, rerun)
         except Divergence as error:

@@ -49,6 +49,10 @@ class Divergence(LedgerError):
         self.leaf = leaf
 
 
+class SealError(LedgerError):
+    """A seal cannot be made or opened."""
+
+
 class StorageError(LedgerError):
     """The file system refused (full, read-only, not a regular file); the outcome is old or new, never torn.
 

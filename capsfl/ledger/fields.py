@@ -41,6 +41,20 @@ def check_figure(field: str, figure: object) -> None:
     require(fits, field, figure, "use canonical.decimal(x) of a non-negative number, or None")
 
 
+def check_patients(field: str, rows: object) -> None:
+    """Requires a tuple of (hospital, patients, epsilon), sorted by hospital, each hospital once."""
+    require(type(rows) is tuple and rows, field, rows, "give a tuple of (hospital, patients, epsilon)")
+    previous = ""
+    for row in cast(tuple[object, ...], rows):
+        require(type(row) is tuple and len(row) == 3, field, row, "give triples of (hospital, patients, epsilon)")
+        hospital, patients, epsilon = cast(tuple[str, int, str | None], row)
+        check_name(field, hospital)
+        check_count(f"{field}[{hospital}]", patients)
+        check_figure(f"{field}[{hospital}]", epsilon)
+        require(previous < hospital, field, hospital, "sort the hospitals and name each once")
+        previous = hospital
+
+
 def check_digest(field: str, digest: object) -> None:
     """Requires 64 lower-case hex digits."""
     fits = isinstance(digest, str) and _HEX_DIGEST.fullmatch(digest) is not None

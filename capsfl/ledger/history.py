@@ -1,44 +1,27 @@
-"""The rules of a chain, over blocks in memory: no files and no private state but what the blocks say."""
+"""A chain of blocks in memory: no files and no private state but what the blocks say."""
 
-from collections import ChainMap
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from capsfl.ledger import canonical, merkle
 from capsfl.ledger.block import Block, SignedHead
+from capsfl.ledger.consensus import approvals_needed, has_work
 from capsfl.ledger.errors import DamageError, Divergence, LedgerError
 from capsfl.ledger.keys import Signer, hospital_id
-from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord, record_id
+from capsfl.ledger.records import Genesis, Record, RoundRecord, record_id
+from capsfl.ledger.rules import Index, admit
+from capsfl.ledger.statements import check_signature
 
 _NO_PREDECESSOR = "0" * 64
-
-
-@dataclass
-class _Index:
-    """What the rules need to know about the records so far."""
-
-    heights: MutableMapping[str, int] = field(default_factory=dict)  # record id -> height
-    hospitals: MutableMapping[str, str] = field(default_factory=dict)  # id or case-folded name -> id
-    rounds: MutableMapping[tuple[str, int], RoundRecord] = field(default_factory=dict)
-    latest: MutableMapping[str, int] = field(default_factory=dict)  # task -> its last round
-
-    def overlay(self) -> "_Index":
-        """Returns a view of this index that takes additions without changing it."""
-        return _Index(**{item.name: ChainMap({}, getattr(self, item.name)) for item in fields(self)})
-
-    def absorb(self, overlay: "_Index") -> None:
-        """Takes over what was added to an overlay of this index."""
-        for item in fields(self):
-            getattr(self, item.name).update(getattr(overlay, item.name).maps[0])
 
 
 class History:
     """A valid chain of blocks: it grows by `extend`, which admits a block only if every rule holds.
 
-    The rules: blocks link, are signed by the key in the genesis record, and hold at least one record; no
-    record appears twice; hospitals register once, under names that differ in more than case; a round names
-    registered hospitals only, and the rounds of a task only go up.
+    Blocks link, are signed by the key in the genesis record, and hold at least one record, each admitted by
+    `rules.admit`. Where the chain's rules ask for a quorum or for work, every block after the first carries the
+    approvals of so many members, over the head with the block in it, and a hash with so many zero bits.
     """
 
     def __init__(self) -> None:
@@ -46,7 +29,7 @@ class History:
         self.hashes: list[bytes] = []
         self._roots: list[bytes] = []
         self._frontier = merkle.Frontier()
-        self._index = _Index()
+        self.index = Index()
 
     @property
     def genesis(self) -> Genesis:
@@ -58,11 +41,11 @@ class History:
     @property
     def rounds(self) -> Mapping[tuple[str, int], RoundRecord]:
         """The round records by task and number, in the order of the chain."""
-        return self._index.rounds
+        return self.index.rounds
 
     def holding(self, record: Record) -> Block | None:
         """Returns the block that holds exactly this record, or None."""
-        height = self._index.heights.get(record_id(record))
+        height = self.index.heights.get(record_id(record))
         return None if height is None else self.blocks[height]
 
     def head(self, size: int | None = None) -> SignedHead:
@@ -73,21 +56,30 @@ class History:
         signature = self.blocks[size - 1].signature
         return SignedHead(genesis.chain_id, genesis.public_key, size, self._roots[size - 1], signature)
 
-    def next_block(self, records: Sequence[Record], signer: Signer) -> Block:
+    def next_block(self, records: Sequence[Record], signer: Signer, members: Sequence[Signer] = ()) -> Block:
         """Returns the signed block that would extend this history by `records`, without admitting it.
+
+        Args:
+            records: What the block records.
+            signer: The owner's key.
+            members: Keys of the hospitals that approve the block.
 
         Raises:
             LedgerError: a rule does not allow one of the records here, or the key is not the owner's.
         """
-        self._admitted(records)
+        index = admit(records, self.index, len(self.blocks))
         header = self._expected_header(records)
         if signer.hospital_id() != header["signer"]:
             raise LedgerError(f"the key of {signer.hospital_id()} does not own this chain: {header['signer']} does")
-        unsigned = Block(**header, records=tuple(records), signature=b"")
+        block = Block(**header, records=tuple(records), signature=b"")
+        if self.blocks and index.rules.proof_of_work:
+            block = _mine(block, index.rules.proof_of_work)
         frontier = self._frontier.copy()
-        frontier.append(unsigned.hash())
+        frontier.append(block.hash())
         head = SignedHead.sign(signer, header["chain_id"], frontier.size, frontier.root())
-        return Block(**header, records=tuple(records), signature=head.signature)
+        known = {key: member for member, key in self.index.keys.items()}
+        approvals = sorted((known[m.public_key], head.cosign(m).hex()) for m in members if m.public_key in known)
+        return replace(block, signature=head.signature, approvals=tuple(approvals))
 
     def extend(self, block: Block) -> None:
         """Admits a block as the next one.
@@ -102,7 +94,7 @@ class History:
             raise DamageError(f"block {height}: {error}", height=height) from None
 
     def _admit(self, block: Block) -> None:
-        additions = self._admitted(block.records)
+        additions = admit(block.records, self.index, len(self.blocks))
         for name, expected in self._expected_header(block.records).items():
             found = getattr(block, name)
             if found != expected:
@@ -111,13 +103,37 @@ class History:
         frontier.append(block.hash())
         genesis = _first(self.blocks[0].records if self.blocks else block.records)
         root = frontier.root()
-        if not SignedHead(genesis.chain_id, genesis.public_key, frontier.size, root, block.signature).is_signed():
+        head = SignedHead(genesis.chain_id, genesis.public_key, frontier.size, root, block.signature)
+        if not head.is_signed():
             raise LedgerError("the signature is not the owner's over this block and all before it")
+        self._check_approvals(block, head)
+        self._check_work(block)
         self.blocks.append(block)
         self.hashes.append(block.hash())
         self._roots.append(root)
         self._frontier = frontier
-        self._index.absorb(additions)
+        self.index.absorb(additions)
+
+    def _check_approvals(self, block: Block, head: SignedHead) -> None:
+        # Judged by who belonged to the chain before the block: nobody joins to approve his own joining.
+        members = self.index.members()
+        approvers = [member for member, _ in block.approvals]
+        if len(approvers) > len(members) or approvers != sorted(set(approvers)):
+            raise LedgerError("approvals: more than the members, out of order, or one member twice")
+        for member, signature in block.approvals:
+            if member not in members:
+                raise LedgerError(f"approvals: {member[:8]!r} is not a member of the chain")
+            check_signature("approvals", signature)
+            if not head.is_cosigned(self.index.keys[member], bytes.fromhex(signature)):
+                raise LedgerError(f"approvals: the signature of {member[:8]} is not over this block")
+        needed = approvals_needed(self.index.rules, len(members)) if self.blocks else 0
+        if len(approvers) < needed:
+            raise LedgerError(f"approvals: {len(approvers)} of {len(members)} members, the rules ask for {needed}")
+
+    def _check_work(self, block: Block) -> None:
+        bits = self.index.rules.proof_of_work if self.blocks else 0
+        if (block.work is not None) != (bits > 0) or not has_work(block.hash(), bits):
+            raise LedgerError(f"work: the hash does not have the {bits} zero bits of this chain's rules")
 
     def _expected_header(self, records: Sequence[Record]) -> dict[str, Any]:
         genesis = _first(self.blocks[0].records if self.blocks else records)
@@ -129,23 +145,6 @@ class History:
             "records_root": merkle.root(leaves).hex(),
             "signer": hospital_id(genesis.public_key),
         }
-
-    def _admitted(self, records: Sequence[Record]) -> _Index:
-        """Returns the index with the records in it, or says which rule one of them breaks."""
-        height = len(self.blocks)
-        index = self._index.overlay()
-        if not records:
-            raise LedgerError("a block holds at least one record")
-        for position, record in enumerate(records):
-            if isinstance(record, Genesis) != (height == 0 and position == 0):
-                raise LedgerError("a chain begins with a genesis record, and holds no other")
-            if index.heights.setdefault(record_id(record), height) != height or (record in records[:position]):
-                raise LedgerError(f"this {record.type} record is already in the chain")
-            if isinstance(record, Registration):
-                _register(record, index)
-            elif isinstance(record, RoundRecord):
-                _enter_round(record, index)
-        return index
 
 
 def compare_rounds(recorded: RoundRecord, rerun: RoundRecord) -> None:
@@ -180,29 +179,14 @@ def first_difference(recorded: Mapping[str, str], found: Mapping[str, str]) -> s
     return next((path for path in paths if recorded.get(path, "") != found.get(path, "")), None)
 
 
+def _mine(block: Block, bits: int) -> Block:
+    work = 0
+    while not has_work((found := replace(block, work=work)).hash(), bits):
+        work += 1
+    return found
+
+
 def _first(records: Sequence[Record]) -> Genesis:
     if not records or not isinstance(records[0], Genesis):
         raise LedgerError("a chain begins with a genesis record")
     return records[0]
-
-
-def _register(record: Registration, index: _Index) -> None:
-    # Ids and names share one table, so that no hospital can pass for another by taking its id as a name.
-    for alias in (record.hospital_id, record.name.casefold()):
-        if alias in index.hospitals:
-            raise LedgerError(f"registration.name: {record.name!r} or its key is already registered")
-        index.hospitals[alias] = record.hospital_id
-
-
-def _enter_round(record: RoundRecord, index: _Index) -> None:
-    members = [index.hospitals.get(name.casefold()) for name in record.cohort]
-    for name, member in zip(record.cohort, members, strict=True):
-        if member is None:
-            raise LedgerError(f"round.cohort: {name!r} is not registered: append its Registration first")
-    if len(set(members)) != len(members):
-        raise LedgerError("round.cohort: a hospital is named twice, by its name and its id")
-    latest = index.latest.get(record.task, -1)
-    if record.round <= latest:
-        raise LedgerError(f"round.round: {record.round} of task {record.task!r} comes after round {latest}")
-    index.rounds[record.task, record.round] = record
-    index.latest[record.task] = record.round

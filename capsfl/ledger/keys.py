@@ -4,29 +4,45 @@ Signatures are 64 bytes, r ‖ s, deterministic (RFC 6979) and with the lower of
 key gives one signature for one message and nobody can turn it into another. What is signed is never a bare
 body but its pre-authentication encoding (DSSE 1.0.2), which binds the type of the payload and the chain.
 
-The `ecdsa` package does not defend against side channels (CVE-2024-23342, see SECURITY.md).
+Two curves give the same bytes: `cryptography` where it is installed (`capsfl[secure]`), else `ecdsa`, which
+does not defend against side channels (CVE-2024-23342, see SECURITY.md).
 """
 
-import os
 import re
-import stat
-from functools import lru_cache
+import secrets
+from functools import cache
 from hashlib import sha256
-from pathlib import Path
+from typing import Protocol
 
-from ecdsa import NIST256p, SigningKey, VerifyingKey
-from ecdsa.util import sigencode_string_canonize
-
-from capsfl.ledger.errors import KeyFileError, LedgerError
+from capsfl.ledger import curve_ecdsa
+from capsfl.ledger.errors import LedgerError
 
 SIGNATURE_BYTES = 64
 PUBLIC_KEY_BYTES = 33
+ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
-_ORDER: int = NIST256p.order
 _HOSPITAL_DOMAIN = b"capsfl.hospital.v1\x00"
 _PAYLOAD_TYPE = re.compile(r"[a-z][a-z0-9-]{0,63}")
 _CHAIN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_MAX_KEY_FILE_BYTES = 4096
+
+
+class Curve(Protocol):
+    """The arithmetic of P-256: `curve_ecdsa` or `curve_secure`."""
+
+    def public_key(self, secret: bytes) -> bytes: ...
+    def sign(self, secret: bytes, message: bytes) -> bytes: ...
+    def is_point(self, public_key: bytes) -> bool: ...
+    def verify(self, public_key: bytes, signature: bytes, message: bytes) -> bool: ...
+
+
+@cache
+def default_curve() -> Curve:
+    """Returns the best curve that is installed."""
+    try:
+        from capsfl.ledger import curve_secure
+    except ImportError:
+        return curve_ecdsa
+    return curve_secure
 
 
 def is_chain_id(text: object) -> bool:
@@ -49,15 +65,18 @@ class Signer:
 
     Args:
         private_key: The secret scalar, 32 bytes, big-endian.
+        curve: Who computes; the best installed by default.
 
     Raises:
         LedgerError: not 32 bytes, zero, or not below the order of the group.
     """
 
-    def __init__(self, private_key: bytes) -> None:
-        if len(private_key) != 32 or not 0 < int.from_bytes(private_key, "big") < _ORDER:
+    def __init__(self, private_key: bytes, *, curve: Curve | None = None) -> None:
+        if len(private_key) != 32 or not 0 < int.from_bytes(private_key, "big") < ORDER:
             raise LedgerError("private_key: not a secret of P-256 (32 bytes, from 1 to the group order - 1)")
-        self._key = SigningKey.from_string(private_key, curve=NIST256p, hashfunc=sha256)
+        self._secret = bytes(private_key)
+        self._curve = curve or default_curve()
+        self.public_key = self._curve.public_key(self._secret)  # compressed, 33 bytes
 
     def __repr__(self) -> str:
         return f"Signer(hospital_id={self.hospital_id()!r})"  # never the secret
@@ -65,87 +84,28 @@ class Signer:
     @classmethod
     def generate(cls) -> "Signer":
         """Returns a new key from the operating system's randomness."""
-        return cls(SigningKey.generate(curve=NIST256p).to_string())
-
-    @classmethod
-    def load(cls, path: Path | str) -> "Signer":
-        """Returns the key in a PEM file that `save` wrote.
-
-        Raises:
-            KeyFileError: no such file, not a regular file, readable by others, or not a P-256 key.
-        """
-        path = Path(path)
-        try:
-            # O_NONBLOCK: a FIFO in the file's place must not hang the caller.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb") as file:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode):
-                    raise KeyFileError(f"{path}: not a regular file")
-                if status.st_mode & 0o077:
-                    raise KeyFileError(f"{path}: readable by others: run chmod 600 on it")
-                pem = file.read(_MAX_KEY_FILE_BYTES + 1)
-        except OSError as error:
-            raise KeyFileError(f"{path}: {error.strerror}: no key to read there") from None
-        try:
-            if len(pem) > _MAX_KEY_FILE_BYTES:
-                raise ValueError
-            key = SigningKey.from_pem(pem, hashfunc=sha256)
-            if key.curve != NIST256p:
-                raise ValueError
-            return cls(key.to_string())
-        except Exception:  # the parser raises half a dozen types on hostile input
-            raise KeyFileError(f"{path}: not the PEM of a P-256 private key") from None
-
-    def save(self, path: Path | str) -> None:
-        """Writes the key as PKCS #8 PEM, mode 0600, whole or not at all, and never over another file.
-
-        Raises:
-            KeyFileError: the file exists, or the file system refuses.
-        """
-        path = Path(path)
-        pem = self._key.to_pem(format="pkcs8")
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(pem)
-                    file.flush()
-                    os.fsync(descriptor)
-                os.link(draft, path)  # unlike a rename, a link never replaces a key that is already there
-            finally:
-                os.unlink(draft)
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise KeyFileError(f"{path}: {error.strerror}: choose another place for the key") from None
+        return cls((1 + secrets.randbelow(ORDER - 1)).to_bytes(32, "big"))
 
     @property
-    def public_key(self) -> bytes:
-        """The public key, compressed (33 bytes)."""
-        key = self._key.get_verifying_key()
-        assert isinstance(key, VerifyingKey)
-        return key.to_string("compressed")
+    def private_key(self) -> bytes:
+        """The secret scalar, 32 bytes: for key files and key agreement only."""
+        return self._secret
 
     def hospital_id(self) -> str:
         """Returns the identity this key gives its owner, in hex."""
         return hospital_id(self.public_key)
 
     def sign(self, payload_type: str, chain_id: str, body: bytes) -> bytes:
-        """Returns a 64-byte signature over the body, its type and the chain it belongs to.
+        """Returns r ‖ s over the body as a payload of this type on this chain.
 
         Raises:
-            LedgerError: the type or the chain id holds characters that could blur the border between them.
+            LedgerError: a payload type or chain id that could blur what is signed.
         """
         return self.sign_message(pre_authentication_encoding(_bound_type(payload_type, chain_id), body))
 
     def sign_message(self, message: bytes) -> bytes:
-        """Returns r ‖ s over SHA-256 of the bytes as they are: the primitive under `sign`."""
-        return self._key.sign_deterministic(message, hashfunc=sha256, sigencode=sigencode_string_canonize)
+        """Returns r ‖ s over the bytes as they are: the primitive under `sign`."""
+        return self._curve.sign(self._secret, message)
 
 
 class Verifier:
@@ -153,10 +113,12 @@ class Verifier:
 
     Args:
         public_key: Compressed point, 33 bytes.
+        curve: Who computes; the best installed by default.
     """
 
-    def __init__(self, public_key: bytes) -> None:
-        self._key = _parse_point(public_key) if isinstance(public_key, bytes) else None
+    def __init__(self, public_key: bytes, *, curve: Curve | None = None) -> None:
+        self._curve = curve or default_curve()
+        self._key = public_key if isinstance(public_key, bytes) and self._curve.is_point(public_key) else None
 
     @property
     def is_valid(self) -> bool:
@@ -173,22 +135,12 @@ class Verifier:
 
     def verify_message(self, signature: bytes, message: bytes) -> bool:
         """Tells whether `signature` is this key's r ‖ s over the bytes as they are, with the low s."""
-        try:
-            if self._key is None or len(signature) != SIGNATURE_BYTES:
-                return False
-            if int.from_bytes(signature[32:], "big") > _ORDER // 2:
-                return False
-            return self._key.verify(signature, message, hashfunc=sha256) is True
-        except Exception:  # BadSignatureError, and whatever arithmetic on hostile numbers raises
+        if self._key is None or not isinstance(signature, bytes) or len(signature) != SIGNATURE_BYTES:
             return False
-
-
-@lru_cache(maxsize=256)  # a chain asks for its owner's point at every block
-def _parse_point(public_key: bytes) -> VerifyingKey | None:
-    try:
-        return VerifyingKey.from_string(public_key, curve=NIST256p, hashfunc=sha256, valid_encodings=("compressed",))
-    except Exception:  # points off the curve raise MalformedPointError, TypeError and others
-        return None
+        r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+        if not (0 < r < ORDER and 0 < s <= ORDER // 2):
+            return False
+        return self._curve.verify(self._key, signature, message)
 
 
 def _bound_type(payload_type: str, chain_id: str) -> bytes:

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from capsfl.ledger import canonical, merkle
+from capsfl.ledger.consensus import ConsensusRules, Decision
 from capsfl.ledger.errors import RecordError
 from capsfl.ledger.fields import (
     check_count,
@@ -20,11 +21,14 @@ from capsfl.ledger.fields import (
     check_figure,
     check_name,
     check_path,
+    check_patients,
     check_public_key,
     require,
     shorten,
 )
 from capsfl.ledger.keys import hospital_id, is_chain_id
+from capsfl.ledger.sharing import AccessPolicy, RetrievalGrant, RetrievalRequest
+from capsfl.ledger.statements import Ballot, Commitment, Revocation, Rotation
 
 _RECORD_DOMAIN = b"capsfl.record.v1\x00"
 
@@ -118,14 +122,17 @@ class RoundRecord:
         leaves: Pairs of tensor path and leaf hash in hex (`tensor_leaf`), sorted by path.
         cohort: Names or ids of the registered hospitals that took part; may be empty under Poisson sampling.
         sampler: How the cohort was drawn.
-        clip_norm: Bound on the L2 norm of a hospital's update.
+        clip_norm: Bound on the L2 norm of a hospital's update in this round, or of a patient's gradient.
         noise_multiplier: Noise standard deviation over the clip norm.
         expected_cohort: Number of hospitals expected in a round, the divisor of the sum.
-        epsilon: Privacy loss of this task up to and including this round.
+        epsilon: Privacy loss of the run up to and including this round; of the worst hospital, where patients are the
+            unit.
         delta: The delta of that epsilon.
         configuration_hash: SHA-256 of the run's configuration, in hex.
         code_version: Version of the code that ran.
         manifest: Pairs of checkpoint file path and SHA-256 in hex, sorted by path; optional.
+        patients: Where patients are the unit of privacy, triples of hospital, number of its patients that this task
+            draws from, and their epsilon so far (None when unbounded), sorted by hospital; else None.
     """
 
     type: ClassVar[str] = "round"
@@ -143,6 +150,7 @@ class RoundRecord:
     configuration_hash: str
     code_version: str
     manifest: tuple[tuple[str, str], ...] | None = None
+    patients: tuple[tuple[str, int, str | None], ...] | None = None
 
     def __post_init__(self) -> None:
         check_count("round.round", self.round)
@@ -173,6 +181,8 @@ class RoundRecord:
                 self.manifest,
                 "two paths differ only in case",
             )
+        if self.patients is not None:
+            check_patients("round.patients", self.patients)
 
     def to_canonical(self) -> dict[str, Any]:
         """Returns the record as a canonical object."""
@@ -194,10 +204,27 @@ class RoundRecord:
         }
         if self.manifest is not None:
             value["manifest"] = [list(file) for file in self.manifest]
+        if self.patients is not None:
+            value["patients"] = [list(row) for row in self.patients]
         return value
 
 
-Record = Genesis | Registration | RoundRecord
+Record = (
+    Genesis
+    | ConsensusRules
+    | Registration
+    | Rotation
+    | Revocation
+    | Commitment
+    | Ballot
+    | Decision
+    | RoundRecord
+    | AccessPolicy
+    | RetrievalRequest
+    | RetrievalGrant
+)
+_KINDS: dict[str, type[Record]] = {kind.type: kind for kind in get_args(Record)}
+_SIGNATURES = ("signature", "countersignature", "possession")
 
 
 def from_canonical(value: object) -> Record:
@@ -209,24 +236,23 @@ def from_canonical(value: object) -> Record:
     if not isinstance(value, dict):
         raise RecordError(f"a record is an object, not a {type(value).__name__}")
     fields = {key: _from_json(key, item) for key, item in value.items() if key != "type"}
-    kinds: dict[object, type[Record]] = {
-        "genesis": Genesis,
-        "registration": Registration,
-        "round": RoundRecord,
-    }
     kind = value.get("type")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise RecordError(f"record type {shorten(kind)} is not one of {', '.join(map(str, kinds))}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise RecordError(f"record type {shorten(kind)} is not one of {', '.join(_KINDS)}")
     try:
-        return kinds[kind](**fields)
+        return _KINDS[kind](**fields)
     except TypeError:
-        expected = ", ".join(kinds[kind].__dataclass_fields__)
+        expected = ", ".join(_KINDS[kind].__dataclass_fields__)
         raise RecordError(f"{kind}: fields {shorten(sorted(fields))}: expected {expected}") from None
 
 
 def record_id(record: Record) -> str:
-    """Returns SHA-256(domain ‖ canonical bytes), in hex: the identity under which an append is idempotent."""
-    return sha256(_RECORD_DOMAIN + canonical.encode(record.to_canonical())).hexdigest()
+    """Returns SHA-256(domain ‖ canonical bytes), in hex: the identity under which an append is idempotent.
+
+    Signatures are not part of it: whoever signs a statement again has not made another one.
+    """
+    value = {key: item for key, item in record.to_canonical().items() if key not in _SIGNATURES}
+    return sha256(_RECORD_DOMAIN + canonical.encode(value)).hexdigest()
 
 
 def tensor_leaf(path: str, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from capsfl.ledger import canonical
 from capsfl.ledger.block import SignedHead
+from capsfl.ledger.consensus import SAFE_MEMBERS
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.history import History, first_difference
 from capsfl.ledger.log import survey
@@ -34,7 +35,8 @@ class Finding:
     """The outcome of one check.
 
     Attributes:
-        check: What was checked: structure, witness, tensors, manifest, epsilon or configuration.
+        check: What was checked: structure, witness, votes, commitments, approvals, tensors, manifest, epsilon or
+            configuration.
         status: What came of it.
         round: Number of the round concerned, or None for the ledger as a whole.
         task: Task of that round, or None.
@@ -88,6 +90,7 @@ def verify(
     else:
         findings = [Finding("structure", Status.FAILED, detail=f"{_line(fault)} ({size} blocks before it hold)")]
     findings.append(_check_witness(history, witness_head))
+    findings.extend(_check_consensus(history))
     for record in history.rounds.values():
         tensors = _check_tensors(record, recompute_leaves)
         findings.append(tensors)
@@ -125,6 +128,32 @@ def _check_witness(history: History, data: bytes | None) -> Finding:
     if history.head(witness.size).root != witness.root:
         return failed(f"the owner signed two different histories of {witness.size} blocks (equivocation)")
     return Finding("witness", Status.OK, detail=f"extends the {witness.size} blocks the witness saw")
+
+
+def _check_consensus(history: History) -> Iterator[Finding]:
+    """Says what the members' signatures are worth; that they hold, `survey` has checked with every rule."""
+    index = history.index
+    members = len(index.keys)
+    for (task, number), decision in index.decisions.items():
+        ballots = index.ballots.get((task, number), ())
+        out_voted = [member[:8] for member, _ in decision.errors if member not in decision.accepted]
+        detail = f"{len(ballots)} ballots give this decision again; out-voted: {', '.join(out_voted) or 'nobody'}"
+        if members < SAFE_MEMBERS:
+            detail += f"; with {members} members one false voter decides"
+        yield Finding("votes", Status.OK, number, task, None, detail)
+    if index.decisions:
+        detail = "the errors in the ballots are the voters' word: their records are not here to measure again"
+        yield Finding("votes", Status.UNVERIFIABLE, detail=detail)
+    if index.commitments:
+        count = sum(len(commitments) for commitments in index.commitments.values())
+        detail = f"{count} commitments, signed and countersigned; they open with a hospital's salt and update only"
+        yield Finding("commitments", Status.UNVERIFIABLE, detail=detail)
+    if index.rules.quorum != "owner" and history.blocks:
+        fewest = min((len(block.approvals) for block in history.blocks[1:]), default=0)
+        detail = (
+            f"every block is approved as the rules ask ({index.rules.quorum}); at least {fewest} of {members} signed"
+        )
+        yield Finding("approvals", Status.OK, detail=detail)
 
 
 def _check_tensors(record: RoundRecord, recompute: Callable[[RoundRecord], Mapping[str, str] | None]) -> Finding:

@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from capsfl.ledger import Genesis, Ledger, Registration, SignedHead, Signer, canonical, merkle
+from capsfl.ledger import Genesis, Ledger, Registration, SignedHead, Signer, canonical, merkle, save_key
 from capsfl.ledger.block import Block
 from capsfl.ledger.errors import DamageError, Divergence, LedgerError, LockedError, StorageError
 from capsfl.ledger.log import parse, parse_whole
@@ -294,10 +294,10 @@ def test_a_chain_begins_with_one_genesis_and_no_block_is_empty(owner, registrati
 
 
 def test_two_writers_never_share_a_ledger(chain, owner, tmp_path):
-    owner.save(tmp_path / "key.pem")
+    save_key(owner, tmp_path / "key.pem")
     script = (
-        "import sys; from capsfl.ledger import Ledger, LockedError, Signer\n"
-        "try: Ledger.open(sys.argv[1], Signer.load(sys.argv[2]))\n"
+        "import sys; from capsfl.ledger import Ledger, LockedError, load_key\n"
+        "try: Ledger.open(sys.argv[1], load_key(sys.argv[2]))\n"
         "except LockedError as error: print(error)\n"
         "else: print('opened')\n"
     )

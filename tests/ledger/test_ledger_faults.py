@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from capsfl.ledger import Ledger, StorageError
+from capsfl.ledger import Ledger, StorageError, save_key
 from capsfl.ledger.errors import LedgerError
 
 _CALLS = ("open", "write", "fsync", "ftruncate", "lseek", "unlink", "replace")
@@ -152,11 +152,11 @@ _REAL = {name: getattr(os, name) for name in _CALLS}
 
 
 def test_a_file_size_limit_is_an_error_that_names_the_file_and_loses_nothing(chain, owner, tmp_path):
-    owner.save(tmp_path / "key.pem")
+    save_key(owner, tmp_path / "key.pem")
     script = """
 import dataclasses, resource, sys
-from capsfl.ledger import Ledger, Signer, StorageError
-ledger = Ledger.open(sys.argv[1], Signer.load(sys.argv[2]))
+from capsfl.ledger import Ledger, StorageError, load_key
+ledger = Ledger.open(sys.argv[1], load_key(sys.argv[2]))
 record = dataclasses.replace(ledger.rounds()[-1], round=99)
 size = len(ledger.export())
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))
@@ -175,14 +175,14 @@ except StorageError as error:
 
 @pytest.mark.torture
 def test_a_writer_killed_at_any_moment_keeps_every_acknowledged_round(tmp_path, owner, registrations, round_record):
-    owner.save(tmp_path / "key.pem")
+    save_key(owner, tmp_path / "key.pem")
     folder = tmp_path / "ledger"
     with Ledger.create(folder, signer=owner, chain_id="c", registrations=registrations) as ledger:
         ledger.append(round_record(0))
     script = """
 import dataclasses, sys
-from capsfl.ledger import Ledger, Signer
-with Ledger.open(sys.argv[1], Signer.load(sys.argv[2])) as ledger:
+from capsfl.ledger import Ledger, load_key
+with Ledger.open(sys.argv[1], load_key(sys.argv[2])) as ledger:
     last = ledger.rounds()[-1]
     while True:
         last = dataclasses.replace(last, round=last.round + 1)

@@ -2,14 +2,19 @@ import base64
 import json
 import os
 import stat
+import sys
 
 import pytest
 from ecdsa import NIST256p, SigningKey
 from ecdsa.der import UnexpectedDER
 from ecdsa.util import sigdecode_der
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from capsfl.ledger import curve_ecdsa
 from capsfl.ledger.errors import KeyFileError, LedgerError
-from capsfl.ledger.keys import Signer, Verifier, hospital_id, pre_authentication_encoding
+from capsfl.ledger.keyfiles import load_key, save_key
+from capsfl.ledger.keys import Curve, Signer, Verifier, hospital_id, pre_authentication_encoding
 
 _ORDER = NIST256p.order
 
@@ -27,18 +32,31 @@ def _low(signature: bytes) -> bytes:
     return signature[:32] + min(s, _ORDER - s).to_bytes(32, "big")
 
 
-def _wycheproof(folder, name):
+@pytest.fixture(params=["ecdsa", "cryptography"])
+def curve(request):
+    """Both curves, whose bytes must be the same."""
+    if request.param == "ecdsa":
+        return curve_ecdsa
+    pytest.importorskip("cryptography", reason="capsfl[secure] is not installed")
+    from capsfl.ledger import curve_secure
+
+    return curve_secure
+
+
+def _wycheproof(folder, name, curve):
     for group in json.loads((folder / "wycheproof" / name).read_text())["testGroups"]:
         key = group["publicKey"]
-        verifier = Verifier(_compressed(int(key["wx"], 16), int(key["wy"], 16)))
+        verifier = Verifier(_compressed(int(key["wx"], 16), int(key["wy"], 16)), curve=curve)
         for case in group["tests"]:
             signature, message = bytes.fromhex(case["sig"]), bytes.fromhex(case["msg"])
             yield case, verifier, signature, message
 
 
-def test_wycheproof_p1363_signatures_are_judged_right_and_high_s_is_refused(shared_vectors):
+def test_wycheproof_p1363_signatures_are_judged_right_and_high_s_is_refused(shared_vectors, curve):
     counts = {"valid": 0, "invalid": 0}
-    for case, verifier, signature, message in _wycheproof(shared_vectors, "ecdsa_secp256r1_sha256_p1363_test.json"):
+    for case, verifier, signature, message in _wycheproof(
+        shared_vectors, "ecdsa_secp256r1_sha256_p1363_test.json", curve
+    ):
         counts[case["result"]] += 1
         if case["result"] == "valid":
             # The vectors count both s as valid; we accept the lower one alone.
@@ -51,9 +69,9 @@ def test_wycheproof_p1363_signatures_are_judged_right_and_high_s_is_refused(shar
     assert counts == {"valid": 173, "invalid": 89}
 
 
-def test_wycheproof_der_signatures_are_judged_right_once_strictly_decoded(shared_vectors):
+def test_wycheproof_der_signatures_are_judged_right_once_strictly_decoded(shared_vectors, curve):
     counts = {"valid": 0, "invalid": 0}
-    for case, verifier, signature, message in _wycheproof(shared_vectors, "ecdsa_secp256r1_sha256_test.json"):
+    for case, verifier, signature, message in _wycheproof(shared_vectors, "ecdsa_secp256r1_sha256_test.json", curve):
         counts[case["result"]] += 1
         try:
             raw = _low(_raw(*sigdecode_der(signature, _ORDER)))
@@ -63,21 +81,21 @@ def test_wycheproof_der_signatures_are_judged_right_once_strictly_decoded(shared
     assert counts == {"valid": 174, "invalid": 310}
 
 
-def test_signatures_are_those_of_rfc_6979_with_the_lower_s(shared_vectors):
+def test_signatures_are_those_of_rfc_6979_with_the_lower_s(shared_vectors, curve):
     vectors = json.loads((shared_vectors / "rfc6979" / "p256_sha256.json").read_text())
-    signer = Signer(bytes.fromhex(vectors["x"]))
+    signer = Signer(bytes.fromhex(vectors["x"]), curve=curve)
     assert signer.public_key == _compressed(int(vectors["Ux"], 16), int(vectors["Uy"], 16))
     folded = 0
     for case in vectors["tests"]:
         expected = bytes.fromhex(case["r"] + case["s"])
         signature = signer.sign_message(case["msg"].encode())
         assert signature == _low(expected)
-        assert Verifier(signer.public_key).verify_message(signature, case["msg"].encode())
+        assert Verifier(signer.public_key, curve=curve).verify_message(signature, case["msg"].encode())
         folded += signature != expected
     assert folded == 1  # "sample" has the higher s in the RFC
 
 
-def test_the_encoding_and_signature_are_those_of_dsse(shared_vectors):
+def test_the_encoding_and_signature_are_those_of_dsse(shared_vectors, curve):
     protocol = (shared_vectors / "dsse" / "protocol.md").read_text()
     encoding = pre_authentication_encoding(b"http://example.com/HelloWorld", b"hello world")
     assert encoding.decode() in protocol
@@ -86,7 +104,7 @@ def test_the_encoding_and_signature_are_those_of_dsse(shared_vectors):
     d = 97358161215184420915383655311931858321456579547487070936769975997791359926199
     sig = "A3JqsQGtVsJ2O2xqrI5IcnXip5GToJ3F+FnZ+O88SjtR6rDAajabZKciJTfUiHqJPcIAriEGAHTVeCUjW2JIZA=="
     assert all(text in protocol for text in (str(x), str(y), str(d), sig))
-    signer = Signer(d.to_bytes(32, "big"))
+    signer = Signer(d.to_bytes(32, "big"), curve=curve)
     assert signer.public_key == _compressed(x, y)
     assert signer.sign_message(encoding) == _low(base64.b64decode(sig))
 
@@ -155,13 +173,13 @@ def test_a_secret_outside_the_group_is_refused(secret):
 
 def test_a_saved_key_reads_back_is_private_and_never_overwrites_another(tmp_path):
     signer, path = Signer.generate(), tmp_path / "hospital.pem"
-    signer.save(path)
+    save_key(signer, path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert Signer.load(path).public_key == signer.public_key
-    assert Signer.load(path).hospital_id() == hospital_id(signer.public_key) == signer.hospital_id()
+    assert load_key(path).public_key == signer.public_key
+    assert load_key(path).hospital_id() == hospital_id(signer.public_key) == signer.hospital_id()
     with pytest.raises(KeyFileError, match="exists"):
-        Signer.generate().save(path)
-    assert Signer.load(path).public_key == signer.public_key
+        save_key(Signer.generate(), path)
+    assert load_key(path).public_key == signer.public_key
     assert os.listdir(tmp_path) == ["hospital.pem"]
 
 
@@ -173,7 +191,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, full)
             with pytest.raises(KeyFileError, match="No space left"):
-                Signer.generate().save(tmp_path / "key.pem")
+                save_key(Signer.generate(), tmp_path / "key.pem")
         assert os.listdir(tmp_path) == []
 
 
@@ -186,17 +204,17 @@ def test_two_keys_differ_and_a_key_does_not_print_its_secret():
 def test_key_files_that_are_open_linked_foreign_or_no_files_are_refused(tmp_path, owner):
     path = tmp_path / "key.pem"
     with pytest.raises(KeyFileError, match=r"key\.pem: No such file"):
-        Signer.load(path)
-    owner.save(path)
+        load_key(path)
+    save_key(owner, path)
     (tmp_path / "link.pem").symlink_to(path)
     with pytest.raises(KeyFileError, match=r"link\.pem"):
-        Signer.load(tmp_path / "link.pem")
+        load_key(tmp_path / "link.pem")
     os.mkfifo(tmp_path / "fifo.pem", 0o600)
     with pytest.raises(KeyFileError, match="not a regular file"):
-        Signer.load(tmp_path / "fifo.pem")
+        load_key(tmp_path / "fifo.pem")
     path.chmod(0o640)
     with pytest.raises(KeyFileError, match="chmod 600"):
-        Signer.load(path)
+        load_key(path)
     other_curve = SigningKey.generate().to_pem()
     for content in (
         b"",
@@ -207,4 +225,46 @@ def test_key_files_that_are_open_linked_foreign_or_no_files_are_refused(tmp_path
         path.write_bytes(content)
         path.chmod(0o600)
         with pytest.raises(KeyFileError, match="not the PEM"):
-            Signer.load(path)
+            load_key(path)
+
+
+@given(secret=st.integers(1, _ORDER - 1), message=st.binary(max_size=200), flip=st.integers(0, 511))
+@settings(max_examples=40)
+def test_both_curves_give_the_same_keys_and_signatures_and_accept_each_others(secret, message, flip):
+    pytest.importorskip("cryptography", reason="capsfl[secure] is not installed")
+    from capsfl.ledger import curve_secure
+
+    curves: tuple[Curve, Curve] = (curve_ecdsa, curve_secure)
+    slow, fast = (Signer(secret.to_bytes(32, "big"), curve=curve) for curve in curves)
+    assert slow.public_key == fast.public_key
+    signature = slow.sign_message(message)
+    assert signature == fast.sign_message(message)
+    changed = bytearray(signature)
+    changed[flip // 8] ^= 1 << flip % 8
+    for curve in curves:
+        verifier = Verifier(slow.public_key, curve=curve)
+        assert verifier.verify_message(signature, message)
+        assert not verifier.verify_message(bytes(changed), message)
+
+
+def test_a_key_under_a_passphrase_opens_with_it_alone(tmp_path):
+    pytest.importorskip("cryptography", reason="capsfl[secure] is not installed")
+    signer, path = Signer.generate(), tmp_path / "key.pem"
+    with pytest.raises(KeyFileError, match="empty passphrase"):
+        save_key(signer, path, b"")
+    save_key(signer, path, b"three lungs")
+    assert b"ENCRYPTED" in path.read_bytes()
+    assert load_key(path, b"three lungs").public_key == signer.public_key
+    for wrong, words in ((None, "CAPSFL_KEY_PASSPHRASE"), (b"two lungs", "does not open it")):
+        with pytest.raises(KeyFileError, match=words):
+            load_key(path, wrong)
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(KeyFileError, match="does not open it"):
+        load_key(path, b"three lungs")
+
+
+def test_without_the_extra_a_passphrase_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "capsfl.ledger.curve_secure", None)
+    with pytest.raises(KeyFileError, match=r"pip install 'capsfl\[secure\]'"):
+        save_key(Signer.generate(), tmp_path / "key.pem", b"three lungs")
+    assert os.listdir(tmp_path) == []
