@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from capsfl_kernels import conv_capsules, dynamic_routing, em_capsules, self_attention_routing, squash
 from flax import nnx
-from jax import Array, lax
+from jax import Array
+
+from capsfl.models.convolution import convolve
 
 # Numbers drawn at once. XLA compiles a draw anew for each shape, half a second apiece; one shape serves all.
 _BLOCK = 1 << 14
@@ -50,47 +52,6 @@ def capsule_lengths(capsules: Array) -> Array:
     lengths = jnp.sqrt(jnp.where(positive, squares, 1))
     # Rounding may push the length of a saturated capsule above one.
     return jnp.minimum(jnp.where(positive, lengths, 0), 1)
-
-
-def convolve(images: Array, kernel: Array, *, strides: int = 1, padding: str = "SAME") -> Array:
-    """Convolve `(batch, height, width, in)` with `(k, k, in, out)` to `(batch, height', width', out)`.
-
-    On CPU the kernel's taps are gathered as shifted slices and multiplied at once. With one kernel per
-    hospital (`vmap`) a convolution becomes a grouped one, which XLA:CPU runs 2 to 8 times slower than one
-    batched matrix product; and without, it runs the gradient of a wide strided one over 20 times slower.
-    Elsewhere this is `lax.conv_general_dilated`.
-
-    Raises:
-        ValueError: if the channels of images and kernel differ or the kernel is larger than the image.
-    """
-    if images.ndim != 4 or kernel.ndim != 4 or images.shape[-1] != kernel.shape[2]:
-        raise ValueError(
-            f"images {images.shape} and kernel {kernel.shape}: expected (batch, height, width, in) and (k, k, in, out)"
-        )
-    if jax.default_backend() == "cpu":
-        return _convolve_by_slices(images, kernel, strides, padding)
-    return lax.conv_general_dilated(
-        images, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def _convolve_by_slices(images: Array, kernel: Array, strides: int, padding: str) -> Array:
-    size_y, size_x, _, channels_out = kernel.shape
-    _, height, width, _ = images.shape
-    if size_y == size_x == strides == 1:
-        return images @ kernel[0, 0]
-    pads = lax.padtype_to_pads((height, width), (size_y, size_x), (strides, strides), padding)
-    images = jnp.pad(images, ((0, 0), *pads, (0, 0)))
-    rows = (images.shape[1] - size_y) // strides + 1
-    columns = (images.shape[2] - size_x) // strides + 1
-    if rows < 1 or columns < 1:
-        raise ValueError(f"kernel {kernel.shape} is larger than the image {(height, width)}; use a smaller kernel")
-    # One axis after the other: 2 k slices instead of k^2, which halves the time to compile.
-    shifted = [lax.slice_in_dim(images, x, x + strides * (columns - 1) + 1, strides, axis=2) for x in range(size_x)]
-    across = jnp.concatenate(shifted, axis=-1)
-    shifted = [lax.slice_in_dim(across, y, y + strides * (rows - 1) + 1, strides, axis=1) for y in range(size_y)]
-    windows = jnp.concatenate(shifted, axis=-1)
-    return windows @ kernel.reshape(-1, channels_out)
 
 
 class Conv(nnx.Module):

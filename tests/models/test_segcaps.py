@@ -13,6 +13,8 @@ from capsfl.learning.losses import segmentation_loss
 from capsfl.models.segcaps import SegCaps, SegCapsConfig
 
 SMALL = SegCapsConfig(width=0.125)
+LIGHT = SegCapsConfig(width=0.125, routed="resolution")
+"""Every kind of layer, but routed only where the resolution changes: a step costs a third of R3's."""
 
 # Parameters per layer, LaLonde & Bagci 2018 (R3).
 PUBLISHED = {
@@ -57,8 +59,13 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def gradient(small):
-    graph, _ = small
+def light():
+    return nnx.split(SegCaps(LIGHT, rngs=nnx.Rngs(0)), nnx.Param)
+
+
+@pytest.fixture(scope="module")
+def gradient(light):
+    graph, _ = light
     return jax.jit(jax.value_and_grad(lambda *arguments: _loss(graph, *arguments)))
 
 
@@ -121,14 +128,14 @@ def test_truth_hides_the_background_from_the_reconstruction_alone(small):
 
 @pytest.mark.parametrize("value", [0.0, -0.5, 0.5])
 @pytest.mark.parametrize("foreground", [0.0, 1.0])
-def test_gradients_are_finite_for_constant_images(small, gradient, value, foreground):
+def test_gradients_are_finite_for_constant_images(light, gradient, value, foreground):
     images = jnp.full((4, 32, 32, 1), value)
-    loss, slopes = gradient(small[1], images, jnp.full((4, 32, 32), foreground))
+    loss, slopes = gradient(light[1], images, jnp.full((4, 32, 32), foreground))
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
-def test_learns_to_segment_disks():
+def test_learns_to_segment_disks(light, gradient):
     rows, columns = np.mgrid[:32, :32]
     centres = [(10, 12, 6), (20, 18, 7), (16, 9, 5), (14, 22, 8)]
     truth = np.stack([np.hypot(rows - y, columns - x) < radius for y, x, radius in centres])
@@ -136,20 +143,18 @@ def test_learns_to_segment_disks():
     images = jnp.asarray(np.clip(-0.25 + 0.4 * truth + noise, -0.5, 0.5)[..., None], jnp.float32)
     truth = jnp.asarray(truth, jnp.float32)
 
-    # Routed only where the resolution changes: a step costs a third of R3's.
-    config = SegCapsConfig(width=0.125, routed="resolution")
-    graph, parameters = nnx.split(SegCaps(config, rngs=nnx.Rngs(0)), nnx.Param)
+    graph, parameters = light
     optimizer = optax.adam(1e-2)
     state = optimizer.init(parameters)
 
     @jax.jit
-    def update(parameters, state, images, truth):
-        slopes = jax.grad(lambda parameters: _loss(graph, parameters, images, truth))(parameters)
+    def update(slopes, parameters, state):
         updates, state = optimizer.update(slopes, state)
         return optax.apply_updates(parameters, updates), state
 
     for _ in range(60):
-        parameters, state = update(parameters, state, images, truth)
+        _, slopes = gradient(parameters, images, truth)
+        parameters, state = update(slopes, parameters, state)
     prediction = np.asarray(_forward(nnx.merge(graph, parameters), images).lengths) > 0.5
     expected = np.asarray(truth) > 0
     assert 2 * np.sum(prediction & expected) / (prediction.sum() + expected.sum()) > 0.9
@@ -157,7 +162,7 @@ def test_learns_to_segment_disks():
 
 def test_streamed_gradient_equals_that_of_stored_votes():
     def gradient(implementation):
-        graph, parameters = nnx.split(SegCaps(SMALL, implementation=implementation, rngs=nnx.Rngs(0)))
+        graph, parameters = nnx.split(SegCaps(LIGHT, implementation=implementation, rngs=nnx.Rngs(0)))
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), parameters)
         images = jax.random.normal(jax.random.key(4), (1, 16, 16, 1), jnp.float64)
         truth = (images[..., 0] > 0).astype(jnp.float64)
