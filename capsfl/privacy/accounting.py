@@ -5,15 +5,18 @@
 | `poisson` | add or remove one | PLD of the truncated Poisson event         | RDP of the untruncated event  |
 | `fixed`   | replace one       | PLD, sampling probability 1 truncated at m | RDP, no replacement, at z/2   |
 | `all`     | add or remove one | exact Gaussian composition                 | the same, for replacing one   |
+| `cyclic`  | add or remove one | the same over ceil(T / groups) rounds      | the same, for replacing one   |
 
 The unit is the hospital: its whole contribution to a round, clipped to norm S. The bounds hold in real
-arithmetic; the noise itself is drawn in float32.
+arithmetic; the noise itself is drawn in float32. `cyclic` samples nothing, so no amplification is claimed: a hospital
+has its group whether or not the others are there, and pays for the rounds of its group alone.
 
 Sources: PLD, Koskela et al. 2020 and Doroshenko et al. 2022 (connect the dots); truncated Poisson sampling,
 Ganesh 2025 (arXiv:2508.15089); exact Gaussian, Balle and Wang 2018; RDP, Mironov 2017 and, without
 replacement, Wang, Balle and Kasiviswanathan 2019.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -42,16 +45,22 @@ TRUNCATION_COST = 1e-3
 MEANINGFUL_EPSILON = 10
 """Above this an epsilon is reported with the remark that it protects nobody."""
 
+LIBRARY = f"dp-accounting {version('dp-accounting')}"
+"""Whose accountant it is."""
+
 _ACCOUNTANTS = {
     "poisson": "PLD of the truncated Poisson-subsampled Gaussian",
     "fixed": "PLD of the Gaussian without replacement (truncated event, sampling probability 1)",
     "all": "exact Gaussian composition",
+    "cyclic": "exact Gaussian composition over the rounds of a hospital's group",
 }
 _ACCOUNTANTS_BESIDE = {
     "poisson": "RDP of the untruncated Poisson-subsampled Gaussian",
     "fixed": "RDP of the Gaussian without replacement, noise multiplier halved",
     "all": "exact Gaussian composition",
+    "cyclic": "exact Gaussian composition over the rounds of a hospital's group",
 }
+_GAUSSIAN = ("all", "cyclic")
 _NEIGHBOURS = {
     "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
@@ -88,15 +97,15 @@ def account(mechanism: SampledGaussian, *, rounds: int, delta: float) -> Account
     """Returns the headline epsilon of `rounds` rounds, the second figure beside it, and their labels."""
     headline = epsilon(mechanism, rounds=rounds, delta=delta)
     return Account(
-        epsilon=_finite(headline),
+        epsilon=finite(headline),
         delta=delta,
         relation=mechanism.relation,
         accountant=_ACCOUNTANTS[mechanism.sampler],
-        library=f"dp-accounting {version('dp-accounting')}",
+        library=LIBRARY,
         **asdict(mechanism),
         rounds=rounds,
-        beside_epsilon=_finite(beside_epsilon(mechanism, rounds=rounds, delta=delta)),
-        beside_relation="replace_one" if mechanism.sampler == "all" else mechanism.relation,
+        beside_epsilon=finite(beside_epsilon(mechanism, rounds=rounds, delta=delta)),
+        beside_relation="replace_one" if mechanism.sampler in _GAUSSIAN else mechanism.relation,
         beside_accountant=_ACCOUNTANTS_BESIDE[mechanism.sampler],
         remark=_remark(mechanism, headline, delta),
     )
@@ -120,7 +129,7 @@ def epsilon_report(
     Raises:
         PrivacyError: A value is out of range or contradicts another.
     """
-    _check(rounds=rounds, delta=delta)
+    check_budget(rounds=rounds, delta=delta)
     cohort = hospitals if cohort is None else cohort
     mechanism = SampledGaussian(sampler, hospitals, cohort, noise_multiplier, truncation)
     mechanism = resolve_truncation(mechanism, rounds=rounds, delta=delta)
@@ -137,31 +146,31 @@ def epsilon(mechanism: SampledGaussian, *, rounds: int, delta: float) -> float:
     Raises:
         PrivacyError: `rounds` is negative or `delta` out of range.
     """
-    _check(rounds=rounds, delta=delta)
+    check_budget(rounds=rounds, delta=delta)
     if rounds == 0:
         return 0.0
     if mechanism.noise_multiplier < LEAST_NOISE:
         return math.inf
-    if mechanism.sampler == "all":
-        return _gaussian_epsilon(mechanism.noise_multiplier, rounds=rounds, delta=delta)
-    return _composed_epsilon(mechanism, mechanism.relation, rounds=rounds, delta=delta)
+    if mechanism.sampler in _GAUSSIAN:
+        return _gaussian_epsilon(mechanism.noise_multiplier, rounds=mechanism.releases(rounds), delta=delta)
+    return _composed_epsilon(((mechanism, rounds),), mechanism.relation, delta=delta)
 
 
 @lru_cache(maxsize=256)
 def epsilon_under(mechanism: SampledGaussian, relation: Relation, *, rounds: int, delta: float) -> float:
     """Returns the epsilon of `rounds` rounds under either relation, whichever the headline's is.
 
-    `poisson` and `fixed` by the PLD of the truncated event under that relation, `all` exactly, at z/2 for
-    replacing a hospital. Displacing a hospital is accounted as replacing it, so `fixed` gives the same figure
+    `poisson` and `fixed` by the PLD of the truncated event under that relation, `all` and `cyclic` exactly, at z/2
+    for replacing a hospital. Displacing a hospital is accounted as replacing it, so `fixed` gives the same figure
     twice, but for a cohort of all.
     """
-    _check(rounds=rounds, delta=delta)
+    check_budget(rounds=rounds, delta=delta)
     multiplier = mechanism.noise_multiplier
     if relation == mechanism.relation or rounds == 0 or multiplier < LEAST_NOISE:
         return epsilon(mechanism, rounds=rounds, delta=delta)
-    if mechanism.sampler == "all":
-        return _gaussian_epsilon(multiplier / 2, rounds=rounds, delta=delta)
-    return _composed_epsilon(mechanism, relation, rounds=rounds, delta=delta)
+    if mechanism.sampler in _GAUSSIAN:
+        return _gaussian_epsilon(multiplier / 2, rounds=mechanism.releases(rounds), delta=delta)
+    return _composed_epsilon(((mechanism, rounds),), relation, delta=delta)
 
 
 def epsilon_under_both_relations(report: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def epsilon_under_both_relations(report: dict[str, Any]) -> dict[str, Any]:
     other: Relation = "replace_one" if mechanism.relation == "add_or_remove_one" else "add_or_remove_one"
     relations: tuple[Relation, Relation] = (mechanism.relation, other)
     figures: dict[str, Any] = {
-        f"epsilon_{relation}": _finite(
+        f"epsilon_{relation}": finite(
             epsilon_under(mechanism, relation, rounds=report["rounds"], delta=report["delta"])
         )
         for relation in relations
@@ -188,16 +197,16 @@ def beside_epsilon(mechanism: SampledGaussian, *, rounds: int, delta: float) -> 
     """Returns the second epsilon, a check on the headline and never a substitute for it.
 
     RDP does not double the sensitivity under replace-one, hence z/2 for `fixed`. RDP cannot express
-    truncation: the Poisson figure leaves it out. `all` is given for replacing a hospital.
+    truncation: the Poisson figure leaves it out. `all` and `cyclic` are given for replacing a hospital.
     """
-    _check(rounds=rounds, delta=delta)
+    check_budget(rounds=rounds, delta=delta)
     multiplier = mechanism.noise_multiplier
     if rounds == 0:
         return 0.0
     if multiplier < LEAST_NOISE:
         return math.inf
-    if mechanism.sampler == "all":
-        return _gaussian_epsilon(multiplier / 2, rounds=rounds, delta=delta)
+    if mechanism.sampler in _GAUSSIAN:
+        return _gaussian_epsilon(multiplier / 2, rounds=mechanism.releases(rounds), delta=delta)
     if mechanism.sampler == "poisson":
         event = dp_accounting.PoissonSampledDpEvent(
             mechanism.sampling_probability, dp_accounting.GaussianDpEvent(multiplier)
@@ -231,9 +240,53 @@ def resolve_truncation(mechanism: SampledGaussian, *, rounds: int, delta: float)
     return replace(mechanism, truncation=high)
 
 
-def _composed_epsilon(mechanism: SampledGaussian, relation: Relation, *, rounds: int, delta: float) -> float:
-    one_round = _privacy_loss(mechanism, relation, _grid_step(mechanism, relation, rounds))
-    return float(one_round.self_compose(rounds).get_epsilon_for_delta(delta))
+@lru_cache(maxsize=4096)
+def epsilon_of_all(spent: tuple[tuple[SampledGaussian, int], ...], *, delta: float) -> float:
+    """Returns the epsilon of several Poisson mechanisms together, each run for its number of rounds.
+
+    The relation is adding or removing one, in each of them at once. As `epsilon`, infinite where one of them has
+    next to no noise, 0 for no rounds.
+
+    Raises:
+        PrivacyError: `delta` is out of range.
+    """
+    for _, rounds in spent:
+        check_budget(rounds=rounds, delta=delta)
+    merged: dict[SampledGaussian, int] = {}
+    for mechanism, rounds in spent:
+        if rounds > 0:
+            merged[mechanism] = merged.get(mechanism, 0) + rounds
+    if any(mechanism.noise_multiplier < LEAST_NOISE for mechanism in merged):
+        return math.inf
+    if len(merged) <= 1:
+        return max(
+            (epsilon(mechanism, rounds=rounds, delta=delta) for mechanism, rounds in merged.items()), default=0.0
+        )
+    return _composed_epsilon(tuple(merged.items()), "add_or_remove_one", delta=delta)
+
+
+def beside_epsilon_of_all(spent: tuple[tuple[SampledGaussian, int], ...], *, delta: float) -> float:
+    """Returns the RDP figure beside `epsilon_of_all`, of the untruncated events."""
+    if any(rounds > 0 and mechanism.noise_multiplier < LEAST_NOISE for mechanism, rounds in spent):
+        return math.inf
+    if not any(rounds > 0 for _, rounds in spent):
+        return 0.0
+    accountant = RdpAccountant(neighboring_relation=_NEIGHBOURS["add_or_remove_one"])
+    with _without_order_warnings():
+        for mechanism, rounds in spent:
+            if rounds > 0:
+                gaussian = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
+                event = dp_accounting.PoissonSampledDpEvent(mechanism.sampling_probability, gaussian)
+                accountant.compose(event, rounds)
+        return float(accountant.get_epsilon(delta))
+
+
+def _composed_epsilon(spent: tuple[tuple[SampledGaussian, int], ...], relation: Relation, *, delta: float) -> float:
+    rounds = sum(count for _, count in spent)
+    # One grid for all of them: distributions compose on a common one only.
+    step = max(_grid_step(mechanism, relation, rounds) for mechanism, _ in spent)
+    parts = [_privacy_loss(mechanism, relation, step).self_compose(count) for mechanism, count in spent]
+    return float(functools.reduce(lambda one, other: one.compose(other), parts).get_epsilon_for_delta(delta))
 
 
 def _gaussian_epsilon(noise_multiplier: float, *, rounds: int, delta: float) -> float:
@@ -288,14 +341,20 @@ def _without_order_warnings() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def _check(*, rounds: int, delta: float) -> None:
+def check_budget(*, rounds: int, delta: float) -> None:
+    """Refuses rounds or a delta out of range.
+
+    Raises:
+        PrivacyError: the first of them.
+    """
     if rounds < 0:
         raise PrivacyError("rounds", rounds, "must not be negative")
     if not SMALLEST_DELTA <= delta < 1:
         raise PrivacyError("delta", delta, f"must be at least {SMALLEST_DELTA} and below 1")
 
 
-def _finite(figure: float) -> float | None:
+def finite(figure: float) -> float | None:
+    """Returns an epsilon as JSON can hold it: None for an unbounded one."""
     return figure if math.isfinite(figure) else None
 
 
@@ -305,6 +364,8 @@ def _remark(mechanism: SampledGaussian, headline: float, delta: float) -> str:
         remarks.append("nothing bounds what a hospital reveals")
     elif headline > MEANINGFUL_EPSILON:
         remarks.append(f"an epsilon above {MEANINGFUL_EPSILON} protects nobody")
+    if mechanism.sampler in ("poisson", "fixed") and mechanism.cohort < mechanism.hospitals:
+        remarks.append("amplified by sampling: holds against whoever does not learn the cohorts, which a ledger names")
     if mechanism.hospitals < 20:
         remarks.append(
             f"{mechanism.hospitals} hospitals are too few to hide one of them at useful accuracy; "

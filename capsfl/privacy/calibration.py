@@ -21,7 +21,7 @@ _MOST_NOISE = 2.0**20
 
 def max_rounds(mechanism: SampledGaussian, *, target_epsilon: float, delta: float) -> int:
     """Returns the most rounds, up to `MOST_ROUNDS`, whose epsilon is at most `target_epsilon`; possibly 0."""
-    return _largest(lambda rounds: epsilon(mechanism, rounds=rounds, delta=delta) <= target_epsilon, most=MOST_ROUNDS)
+    return largest(lambda rounds: epsilon(mechanism, rounds=rounds, delta=delta) <= target_epsilon, most=MOST_ROUNDS)
 
 
 def solve(
@@ -65,6 +65,9 @@ def solve(
     def fits_cohort(size: int) -> bool:
         return epsilon(replace(mechanism, cohort=size), rounds=count, delta=delta) <= affordable
 
+    def fits_groups(groups: int) -> bool:
+        return fits_cohort(-(-hospitals // groups))
+
     def excess(multiplier: float) -> float:
         return epsilon(replace(mechanism, noise_multiplier=multiplier), rounds=count, delta=delta) - affordable
 
@@ -72,15 +75,21 @@ def solve(
         count = max_rounds(mechanism, target_epsilon=affordable, delta=delta)
         if count == 0:
             raise PrivacyError("target_epsilon", target_epsilon, "is exceeded by one round; add noise")
+    elif for_ == "cohort" and sampler == "cyclic":
+        # The fewer groups the larger they are, and the more often each is visited.
+        groups = next((groups for groups in range(1, hospitals + 1) if fits_groups(groups)), None)
+        if groups is None:
+            raise PrivacyError("target_epsilon", target_epsilon, "is exceeded by a cohort of 1; add noise")
+        mechanism = replace(mechanism, cohort=-(-hospitals // groups))
     elif for_ == "cohort":
-        size = _largest(fits_cohort, most=mechanism.num_slots if sampler == "poisson" else hospitals)
+        size = largest(fits_cohort, most=mechanism.num_slots if sampler == "poisson" else hospitals)
         # Without replacement a full cohort displaces nobody, so its bound can be the lower one.
         size = hospitals if sampler == "fixed" and fits_cohort(hospitals) else size
         if size == 0:
             raise PrivacyError("target_epsilon", target_epsilon, "is exceeded by a cohort of 1; add noise")
         mechanism = replace(mechanism, cohort=size)
     else:
-        mechanism = replace(mechanism, noise_multiplier=_least_noise(excess, target_epsilon))
+        mechanism = replace(mechanism, noise_multiplier=least_noise(excess, target_epsilon))
     mechanism = resolve_truncation(mechanism, rounds=count, delta=delta)
     report = account(mechanism, rounds=count, delta=delta).to_json()
     return report | {"target_epsilon": target_epsilon, "solved_for": for_}
@@ -97,10 +106,10 @@ def _check_question(
         if field != for_ and field != "cohort" and not value:
             raise PrivacyError(field, value, f"must be above 0 to solve for {for_}")
     if for_ == "cohort" and sampler == "all":
-        raise PrivacyError("sampler", sampler, 'has no cohort to choose; use "poisson" or "fixed"')
+        raise PrivacyError("sampler", sampler, 'has no cohort to choose; use "poisson", "fixed" or "cyclic"')
 
 
-def _largest(fits: Callable[[int], bool], *, most: int) -> int:
+def largest(fits: Callable[[int], bool], *, most: int) -> int:
     """Returns the largest count in 0..most that fits, where all smaller ones fit too and 0 always does."""
     fitting, step = 0, 1
     while step <= most and fits(step):
@@ -112,7 +121,7 @@ def _largest(fits: Callable[[int], bool], *, most: int) -> int:
     return fitting
 
 
-def _least_noise(excess: Callable[[float], float], target_epsilon: float) -> float:
+def least_noise(excess: Callable[[float], float], target_epsilon: float) -> float:
     """Returns a noise multiplier at which `excess`, which falls with it, is not positive but only just."""
     enough = 1.0
     while excess(enough) > 0:

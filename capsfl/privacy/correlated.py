@@ -7,6 +7,10 @@ epsilon. The T rounds together are one Gaussian release with noise multiplier z 
 `participations` times, nor twice within `separation` rounds; sens(C) is the norm of the worst such pattern. Who takes
 part must keep that promise: random samplers do not, and no amplification by sampling is claimed.
 
+A plan asks for one participation. Rounds at least `bands` apart touch different rows of C, so a hospital that takes
+part k times costs what k independent releases at z cost, however many rounds follow: z keeps its meaning, and the
+accountant of the cyclic sampler needs to know nothing of the bands.
+
 Sources: Choquette-Choo et al. 2023 (arXiv:2306.08153); sensitivity, Kalinin and Lampert 2024 (arXiv:2405.13763,
 Theorem 2). The optional extra `capsfl[matrix]`.
 """
@@ -118,5 +122,5 @@ def _library() -> Any:
     try:
         from jax_privacy.matrix_factorization import toeplitz
     except ImportError as error:
-        raise ImportError("correlated noise needs jax-privacy: pip install capsfl[matrix]") from error
+        raise ImportError("correlated noise needs jax-privacy: pip install 'capsfl[matrix]'") from error
     return toeplitz

@@ -6,7 +6,7 @@ from typing import Literal
 
 import dp_accounting
 
-Sampler = Literal["poisson", "fixed", "all"]
+Sampler = Literal["poisson", "fixed", "all", "cyclic"]
 Relation = Literal["add_or_remove_one", "replace_one"]
 
 
@@ -31,7 +31,8 @@ class SampledGaussian:
 
     Attributes:
         sampler: `poisson` (each hospital independently with probability m/H, the surplus over `truncation`
-            dropped uniformly), `fixed` (m of H without replacement) or `all`.
+            dropped uniformly), `fixed` (m of H without replacement), `all`, or `cyclic` (the hospitals fall into
+            ceil(H/m) groups beforehand, hospital i into group i mod ceil(H/m), and rounds visit them in turn).
         hospitals: H, how many hospitals take part in the study: the larger one of two neighbouring studies.
         cohort: m, the expected cohort of a round.
         noise_multiplier: z, the standard deviation of the noise on the SUM divided by S.
@@ -54,6 +55,10 @@ class SampledGaussian:
             raise PrivacyError(
                 "cohort", self.cohort, f"must lie between 1 and the number of hospitals ({self.hospitals})"
             )
+        group = -(-self.hospitals // self.groups)
+        if self.sampler == "cyclic" and self.cohort != group:
+            remedy = f"{self.hospitals} hospitals fall into {self.groups} groups of at most {group}; use {group}"
+            raise PrivacyError("cohort", self.cohort, remedy)
         if self.sampler == "all" and self.cohort != self.hospitals:
             raise PrivacyError(
                 "cohort",
@@ -88,17 +93,27 @@ class SampledGaussian:
         return self.cohort
 
     @property
+    def groups(self) -> int:
+        """ceil(H / m): under `cyclic`, the groups that rounds visit in turn, and the rounds between two visits."""
+        return -(-self.hospitals // self.cohort)
+
+    def releases(self, rounds: int) -> int:
+        """Returns the most of `rounds` rounds on end that one hospital can take part in."""
+        return -(-rounds // self.groups) if self.sampler == "cyclic" else rounds
+
+    @property
     def sampling_probability(self) -> float:
-        """m / H, the chance that a given hospital is drawn."""
+        """m / H, the chance that a given hospital is drawn; under `cyclic` about its share of the rounds."""
         return self.cohort / self.hospitals
 
     @property
     def event(self) -> dp_accounting.DpEvent:
         """The dp-accounting event of one round behind the headline epsilon.
 
-        Sampling without replacement is the truncated event with every hospital drawn and m kept at random.
+        Sampling without replacement is the truncated event with every hospital drawn and m kept at random. Under
+        `cyclic` it is the event of one of the `releases`, and costs only those who are in that round's group.
         """
-        if self.sampler == "all":
+        if self.sampler in ("all", "cyclic"):
             return dp_accounting.GaussianDpEvent(self.noise_multiplier)
         return dp_accounting.TruncatedSubsampledGaussianDpEvent(
             dataset_size=self.hospitals,

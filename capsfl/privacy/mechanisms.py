@@ -9,7 +9,7 @@ describes a variance S^2 sigma^2 / m, which is this mechanism with z = sigma sqr
 """
 
 import itertools
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -68,3 +68,31 @@ def mean_with_noise(
     deviation = jnp.asarray(multiplier, jnp.float32) * bound
     noisy = add_gaussian(clipped_sum, key=key, standard_deviation=deviation)
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(plan.expected_cohort, leaf.dtype), noisy)
+
+
+def mean_with_banded_noise(
+    clipped_sum: Tree,
+    state: Any,
+    *,
+    plan: PrivacyPlan,
+    key: Array,
+    clip_norm: ArrayLike,
+    noise_multiplier: ArrayLike,
+) -> tuple[Tree, Any]:
+    """Returns the released mean under banded noise, and the noise state of the next round.
+
+    Guarantee: as `mean_with_noise`, for all rounds of the task together, with S and z the same in all of them.
+
+    Args:
+        clipped_sum: Sum over the cohort of updates clipped to `clip_norm`.
+        state: of `plan.correlated.init`, or of the round before.
+        plan: Gives m and the strategy.
+        key: A key used for nothing else, new in every round.
+        clip_norm: S.
+        noise_multiplier: z.
+    """
+    assert plan.correlated is not None
+    deviation = jnp.asarray(noise_multiplier, jnp.float32) * jnp.asarray(clip_norm, jnp.float32)
+    noise, state = plan.correlated.next(state, key=key, standard_deviation=deviation, like=clipped_sum)
+    cohort = plan.expected_cohort
+    return jax.tree.map(lambda s, n: (s + n) / jnp.asarray(cohort, s.dtype), clipped_sum, noise), state

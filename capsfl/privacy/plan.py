@@ -1,113 +1,99 @@
 """One object decides both who takes part and what that costs, so the two cannot drift apart."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any
 
 from jax import Array
-from pydantic import Field
+from jax.typing import ArrayLike
 
-from capsfl.privacy import accounting, adaptive, calibration, laplace
+from capsfl.privacy import accounting, calibration, laplace
 from capsfl.privacy.accounting import Account
-from capsfl.privacy.events import PrivacyError, SampledGaussian, Sampler
-from capsfl.privacy.sampling import Cohort, sample_all, sample_fixed, sample_poisson
-from capsfl.settings import Settings
+from capsfl.privacy.config import PrivacyConfig as PrivacyConfig
+from capsfl.privacy.config import bit_noise_of, check_privacy
+from capsfl.privacy.correlated import BandedNoise, banded_noise
+from capsfl.privacy.events import PrivacyError, SampledGaussian
+from capsfl.privacy.patient_plan import PatientLoss, PatientPlan, Stage, patient_plan
+from capsfl.privacy.sampling import Cohort, sample_all, sample_cyclic, sample_fixed, sample_poisson
 
 NOT_ACCOUNTED = "not accounted: the clip norm is the median of the hospitals' own norms, which reveals them"
 """The remark of a statement under median clipping."""
 
 
-class PrivacyConfig(Settings):
-    """Hospital-level differential privacy of the released model."""
-
-    sampler: Sampler = "all"
-    """How a round's cohort is drawn: `poisson`, `fixed` (without replacement) or `all`."""
-    cohort: int | None = Field(default=None, ge=1)
-    """m, the expected number of hospitals in a round; all hospitals when absent."""
-    truncation: int | None = Field(default=None, ge=1)
-    """The most hospitals a Poisson round takes; when absent, the smallest cap costing < 0.1 % of epsilon."""
-    clip_norm: float = Field(gt=0)
-    """S, the L2 norm a hospital's whole update is clipped to."""
-    noise_multiplier: float = Field(default=0.0, ge=0)
-    """z, the standard deviation of the noise on the SUM of updates divided by S; 0 trains without privacy."""
-    delta: float = Field(default=1e-5, ge=accounting.SMALLEST_DELTA, lt=1)
-    """The probability with which the epsilon bound may fail; well below 1 / hospitals."""
-    target_epsilon: float | None = Field(default=None, gt=0)
-    """The privacy budget: training stops before a round that would exceed it."""
-    noise_on: Literal["sum"] = "sum"
-    """Noise is added to the sum, before the division by m; a sigma quoted on the mean is z = sigma m."""
-    clipping: Literal["fixed", "quantile", "median"] = "fixed"
-    """Where S comes from: `fixed` is `clip_norm`; `quantile` starts there and follows a private quantile of the
-    update norms (Andrew et al. 2021), its noise charged to z; `median` is Geyer's, whose epsilon is not accounted."""
-    target_quantile: float = Field(default=0.5, gt=0, lt=1)
-    """The fraction of hospitals whose update quantile clipping should leave whole."""
-    clip_learning_rate: float = Field(default=0.2, gt=0)
-    """Step of quantile clipping, in the exponent of S."""
-    bit_noise: float | None = Field(default=None, gt=0)
-    """Standard deviation of the noise on quantile clipping's sum of bits, above z / 2; max(m / 20, z) when absent."""
-    mechanism: Literal["gaussian", "laplace"] = "gaussian"
-    """`gaussian` noise on the sum, or `laplace` noise on every hospital's own update (local privacy)."""
-    local_epsilon: float | None = Field(default=None, gt=0)
-    """The epsilon of one hospital's one Laplace release."""
-    clip_kind: Literal["l2", "l1"] = "l2"
-    """The norm `clip_norm` bounds: `l2` for Gaussian noise, `l1` for Laplace."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PrivacyStatement(Account):
-    """What a run guarantees its hospitals; an epsilon of None means that nothing bounds it."""
+    """What a run guarantees its hospitals or patients; an epsilon of None means that nothing bounds it.
+
+    Under unit `patient` the epsilon is the largest of all hospitals, `cohort` and `truncation` count the patients of
+    a local step, and `patients` says what each hospital's have lost.
+    """
 
     clip_norm: float
+    patients: tuple[PatientLoss, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the statement as a flat dictionary of JSON scalars but for `patients`, a list of such."""
+        row = asdict(self)
+        row["patients"] = list(row["patients"])
+        return row
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
     """The sampler, the mechanism and the accountant of a run, checked against each other.
 
-    Guarantee: hospital-level (epsilon, delta) differential privacy of all released models together, under the
-    relation and at the epsilon of `statement(rounds)`. Build it with `PrivacyPlan.build`; it hashes, so it
-    serves as a static argument.
+    Guarantee: (epsilon, delta) differential privacy of all released models together, under the unit and relation and
+    at the epsilon of `statement(rounds)`. Build it with `PrivacyPlan.build`; it hashes, so it serves as a static
+    argument.
+
+    Attributes:
+        config: the `privacy` section.
+        mechanism: of a round over hospitals; without noise under unit `patient`.
+        patients: of the local steps, under unit `patient`.
+        stages: the tasks of the run, where they are known.
+        correlated: the banded noise, where it was chosen.
     """
 
     config: PrivacyConfig
     mechanism: SampledGaussian
+    patients: PatientPlan | None = None
+    stages: tuple[Stage, ...] = ()
+    correlated: BandedNoise | None = None
 
     @classmethod
-    def build(cls, config: PrivacyConfig, *, num_hospitals: int, rounds: int = 100) -> "PrivacyPlan":
+    def build(
+        cls, config: PrivacyConfig, *, num_hospitals: int, rounds: int = 100, stages: Sequence[Stage] = ()
+    ) -> "PrivacyPlan":
         """Returns the plan of a configuration for H hospitals.
 
         Args:
             config: The `privacy` section.
             num_hospitals: H.
-            rounds: The rounds an automatic Poisson cap is chosen for; it hardly depends on them.
+            rounds: The rounds an automatic Poisson cap is chosen for; it hardly depends on them. Without `stages`
+                also those that banded noise is made for.
+            stages: The tasks of the run, in order. Unit `patient` needs them with their patients.
 
         Raises:
-            PrivacyError: The configuration contradicts itself or H; the message starts with the dotted field.
+            PrivacyError: The configuration contradicts itself or H, or an extra that it needs is not installed; the
+                message starts with the dotted field.
         """
         cohort = num_hospitals if config.cohort is None else config.cohort
+        noise = config.noise_multiplier if config.unit == "hospital" else 0.0
         try:
-            _check_mechanism(config)
-            _check_clipping(config, expected_cohort=cohort)
-        except PrivacyError as error:
-            raise error.under("privacy") from None
-        if config.mechanism == "gaussian" and config.target_epsilon is not None and config.noise_multiplier == 0:
-            raise PrivacyError(
-                "privacy.target_epsilon",
-                config.target_epsilon,
-                "no noise meets any budget; set privacy.noise_multiplier above 0, or leave the target out",
-            )
-        try:
-            mechanism = SampledGaussian(
-                config.sampler, num_hospitals, cohort, config.noise_multiplier, config.truncation
-            )
+            mechanism = SampledGaussian(config.sampler, num_hospitals, cohort, noise, config.truncation)
+            check_privacy(config, expected_cohort=cohort, groups=mechanism.groups)
             mechanism = accounting.resolve_truncation(mechanism, rounds=rounds, delta=config.delta)
+            patients = patient_plan(config, stages) if config.unit == "patient" else None
+            longest = max((stage.rounds for stage in stages), default=rounds)
+            correlated = _correlated(config, mechanism, longest) if config.noise == "banded" else None
         except PrivacyError as error:
             raise error.under("privacy") from None
-        return cls(config, mechanism)
+        return cls(config, mechanism, patients, tuple(stages), correlated)
 
     @property
     def num_slots(self) -> int:
-        """The static size of a cohort: the cap for `poisson`, m for `fixed`, H for `all`."""
+        """The static size of a cohort: the cap for `poisson`, m for `fixed` and `cyclic`, H for `all`."""
         return self.mechanism.num_slots
 
     @property
@@ -115,26 +101,57 @@ class PrivacyPlan:
         """m, the divisor of the mean: fixed and public, never the realised cohort."""
         return float(self.mechanism.cohort)
 
-    def sample(self, *, key: Array) -> Cohort:
-        """Returns one round's cohort: indices `(num_slots,)` int32 and mask `(num_slots,)` bool."""
-        hospitals = self.mechanism.hospitals
+    def sample(self, *, key: Array, number: ArrayLike = 0) -> Cohort:
+        """Returns one round's cohort: indices `(num_slots,)` int32 and mask `(num_slots,)` bool.
+
+        Args:
+            key: used for nothing else, new in every round.
+            number: rounds of the run before this one, those of earlier tasks included; for `cyclic`.
+        """
+        hospitals, cohort = self.mechanism.hospitals, self.mechanism.cohort
         if self.mechanism.sampler == "all":
             return sample_all(num_hospitals=hospitals)
         if self.mechanism.sampler == "fixed":
-            return sample_fixed(key=key, num_hospitals=hospitals, cohort=self.mechanism.cohort)
-        return sample_poisson(key=key, num_hospitals=hospitals, cohort=self.mechanism.cohort, truncation=self.num_slots)
+            return sample_fixed(key=key, num_hospitals=hospitals, cohort=cohort)
+        if self.mechanism.sampler == "cyclic":
+            return sample_cyclic(number=number, num_hospitals=hospitals, cohort=cohort)
+        return sample_poisson(key=key, num_hospitals=hospitals, cohort=cohort, truncation=self.num_slots)
+
+    def stage(self, task: str) -> Stage:
+        """Returns a task of the run by its name."""
+        return next(stage for stage in self.stages if stage.task == task)
+
+    def rounds_before(self, task: str) -> int:
+        """Returns the rounds of the run's tasks before this one; 0 where the tasks are not known."""
+        names = [stage.task for stage in self.stages]
+        return sum(stage.rounds for stage in self.stages[: names.index(task)]) if task in names else 0
+
+    @property
+    def noises_sum(self) -> bool:
+        """Whether the guarantee rests on noise that the server adds to a sum of clipped updates."""
+        return self.config.unit == "hospital" and self.config.noise_multiplier > 0
+
+    @property
+    def sum_clip_norm(self) -> float:
+        """S of a hospital's whole update; as good as unbounded under unit `patient`, which clips gradients."""
+        return self.config.clip_norm if self.config.unit == "hospital" else UNBOUNDED
+
+    @property
+    def sum_multiplier(self) -> float:
+        """z of the noise on the sum of updates before quantile clipping is charged; 0 under unit `patient`."""
+        return self.mechanism.noise_multiplier
 
     @property
     def bit_noise(self) -> float:
         """Standard deviation of the noise on quantile clipping's bits; 0 for the other clippings."""
         if self.config.clipping != "quantile":
             return 0.0
-        return _bit_noise(self.config, expected_cohort=self.expected_cohort)
+        return bit_noise_of(self.config, expected_cohort=self.expected_cohort)
 
     @property
     def update_multiplier(self) -> float:
         """The noise multiplier of the updates: z, or more where quantile clipping pays for its bits out of z."""
-        multiplier = self.config.noise_multiplier
+        multiplier = self.sum_multiplier
         if self.config.clipping != "quantile" or multiplier == 0:
             return multiplier
         # In Python, for a plan is read while a round is traced; the same as `adaptive.update_multiplier`.
@@ -146,9 +163,14 @@ class PrivacyPlan:
         return self.config.clipping != "median"
 
     def epsilon(self, rounds: int) -> float | None:
-        """Returns the epsilon of `rounds` rounds at the configured delta, or None when nothing bounds it."""
+        """Returns the epsilon of `rounds` rounds at the configured delta, or None when nothing bounds it.
+
+        Under unit `patient` the largest of all hospitals.
+        """
         if not self.accounted:
             return None
+        if self.patients is not None:
+            return self.patients.worst(rounds).epsilon
         if self.config.local_epsilon is not None:
             return laplace.laplace_epsilon(self.config.local_epsilon, rounds=rounds)
         figure = accounting.epsilon(self.mechanism, rounds=rounds, delta=self.config.delta)
@@ -159,70 +181,133 @@ class PrivacyPlan:
         return tuple(self.epsilon(count) for count in range(1, rounds + 1))
 
     def max_rounds(self, budget: float) -> int:
-        """Returns the most rounds whose epsilon stays at or below `budget`; 0 when not even one does."""
+        """Returns the most rounds whose epsilon stays at or below `budget`; 0 when not even one does.
+
+        Under unit `patient` at most the rounds of all stages.
+        """
         if not self.accounted:
             return 0
+        if self.patients is not None:
+            return self.patients.max_rounds(budget)
         if self.config.local_epsilon is not None:
             return min(math.floor(budget / self.config.local_epsilon), calibration.MOST_ROUNDS)
         return calibration.max_rounds(self.mechanism, target_epsilon=budget, delta=self.config.delta)
 
     def statement(self, rounds: int) -> PrivacyStatement:
         """Returns the guarantee after `rounds` rounds, with relation, unit and accountant."""
-        if self.config.local_epsilon is not None:
+        losses: tuple[PatientLoss, ...] = ()
+        if self.patients is not None:
+            account, losses = self.patients.account(rounds), self.patients.losses(rounds)
+        elif self.config.local_epsilon is not None:
             account = laplace.laplace_account(self.mechanism, local_epsilon=self.config.local_epsilon, rounds=rounds)
         else:
             account = accounting.account(self.mechanism, rounds=rounds, delta=self.config.delta)
         if not self.accounted:
             account = replace(account, epsilon=None, beside_epsilon=None, remark=NOT_ACCOUNTED)
-        return PrivacyStatement(**asdict(account), clip_norm=self.config.clip_norm)
+        return PrivacyStatement(**asdict(account), clip_norm=self.config.clip_norm, patients=losses)
 
+    @property
+    def delta(self) -> float:
+        """The delta of every epsilon: as configured, 0 for Laplace noise."""
+        return 0.0 if self.config.local_epsilon is not None else self.config.delta
 
-def _bit_noise(config: PrivacyConfig, *, expected_cohort: float) -> float:
-    if config.bit_noise is not None:
-        return config.bit_noise
-    return adaptive.default_bit_noise(expected_cohort=expected_cohort, noise_multiplier=config.noise_multiplier)
-
-
-def _check_mechanism(config: PrivacyConfig) -> None:
-    if config.mechanism == "gaussian":
-        if config.local_epsilon is not None:
-            raise PrivacyError(
-                "local_epsilon",
-                config.local_epsilon,
-                'only mechanism "laplace" has one; set privacy.mechanism = "laplace", or leave it out',
+    def caution(self) -> str:
+        """Returns what to warn of before training, with the dotted field; empty when there is nothing."""
+        if self.patients is not None:
+            remark = self.patients.caution()
+        else:
+            hospitals = self.mechanism.hospitals
+            remark = (
+                f"should stay well below 1/{hospitals}, one over the hospitals" if self.delta * hospitals >= 1 else ""
             )
-        if config.clip_kind != "l2":
-            raise PrivacyError("clip_kind", config.clip_kind, 'Gaussian noise is accounted against L2 norms; use "l2"')
-        return
-    if config.local_epsilon is None:
-        raise PrivacyError("local_epsilon", None, 'mechanism "laplace" needs the epsilon of one release; set it')
-    if config.clip_kind == "l2":
-        raise laplace.refuse_l2(clip_norm=config.clip_norm, local_epsilon=config.local_epsilon)
-    if config.noise_multiplier != 0:
-        raise PrivacyError(
-            "noise_multiplier",
-            config.noise_multiplier,
-            'mechanism "laplace" takes its noise from local_epsilon and adds no Gaussian noise; leave it out',
-        )
-    if config.clipping != "fixed":
-        raise PrivacyError(
-            "clipping", config.clipping, 'mechanism "laplace" needs a bound known beforehand; use "fixed"'
-        )
+        noisy = self.config.noise_multiplier > 0
+        return f"privacy.delta = {self.config.delta:g}: {remark}" if remark and noisy else ""
 
 
-def _check_clipping(config: PrivacyConfig, *, expected_cohort: float) -> None:
-    if config.clipping == "quantile":
-        bit_noise = _bit_noise(config, expected_cohort=expected_cohort)
-        adaptive.check_bit_noise(bit_noise, noise_multiplier=config.noise_multiplier)
-        return
-    unused = config.model_dump(include={"target_quantile", "clip_learning_rate", "bit_noise"})
-    for field, value in unused.items():
-        if value != PrivacyConfig.model_fields[field].default:
-            remedy = f'clipping "{config.clipping}" has no use for it; set privacy.clipping = "quantile"'
-            raise PrivacyError(field, value, f"{remedy}, or leave it out")
-    if config.clipping == "median" and config.target_epsilon is not None:
-        raise PrivacyError(
-            "target_epsilon",
-            config.target_epsilon,
-            'clipping "median" is not accounted, so no budget can be kept; use "fixed" or "quantile"',
+UNBOUNDED = 3.0e38
+"""A clip norm near the end of float32, above every norm whose squares are finite: it only drops what is not."""
+
+
+def noise_for(
+    target_epsilon: float,
+    config: PrivacyConfig,
+    *,
+    num_hospitals: int,
+    rounds: int,
+    stages: Sequence[Stage] = (),
+) -> float:
+    """Returns the least noise multiplier, within 0.01 %, at which a run stays within a target epsilon.
+
+    Args:
+        target_epsilon: the budget.
+        config: the `privacy` section; its own noise multiplier is ignored.
+        num_hospitals: H.
+        rounds: T of the whole run.
+        stages: with their patients, for unit `patient`; `rounds` then counts for nothing.
+
+    Raises:
+        PrivacyError: no noise multiplier meets the target, or the mechanism takes none.
+    """
+    if config.mechanism == "laplace" or config.clipping == "median":
+        field = "mechanism" if config.mechanism == "laplace" else "clipping"
+        raise PrivacyError(f"privacy.{field}", getattr(config, field), "no noise multiplier sets its epsilon")
+    if config.unit == "patient":
+        return _patient_noise_for(target_epsilon, config, num_hospitals=num_hospitals, stages=stages)
+    cohort = num_hospitals if config.cohort is None else config.cohort
+    try:
+        report = calibration.solve(
+            target_epsilon,
+            for_="noise_multiplier",
+            hospitals=num_hospitals,
+            cohort=cohort,
+            rounds=rounds,
+            delta=config.delta,
+            sampler=config.sampler,
+            truncation=config.truncation,
         )
+    except PrivacyError as error:
+        raise error.under("privacy") from None
+    return report["noise_multiplier"]
+
+
+def _patient_noise_for(
+    target_epsilon: float, config: PrivacyConfig, *, num_hospitals: int, stages: Sequence[Stage]
+) -> float:
+    total = sum(stage.rounds for stage in stages)
+    uncapped = tuple(max((count for _, count in stage.patients), default=1) for stage in stages)
+
+    capped = config.patient_truncation is not None
+    affordable = target_epsilon if capped else target_epsilon / (1 + accounting.TRUNCATION_COST)
+
+    def plan_of(multiplier: float) -> PrivacyPlan:
+        changed = config.model_copy(update={"noise_multiplier": multiplier, "target_epsilon": None})
+        return PrivacyPlan.build(changed, num_hospitals=num_hospitals, stages=stages)
+
+    def trial(multiplier: float) -> PatientPlan:
+        # Without automatic caps, which are searched for last and whose cost is set aside.
+        cap = config.patient_truncation
+        caps = tuple(most if cap is None else min(cap, most) for most in uncapped)
+        return PatientPlan(config.model_copy(update={"noise_multiplier": multiplier}), tuple(stages), caps)
+
+    def excess(multiplier: float) -> float:
+        figure = trial(multiplier).epsilon(exposed, total)
+        return math.inf if figure is None else figure - affordable
+
+    # Whoever loses most at one noise multiplier hardly ever changes with it; the loop below sees to when it does.
+    exposed = (plan_of(1.0).patients or trial(1.0)).worst(total).hospital
+    multiplier = calibration.least_noise(excess, target_epsilon)
+    while (plan_of(multiplier).epsilon(total) or math.inf) > target_epsilon:
+        multiplier *= 1 + accounting.TRUNCATION_COST
+    return multiplier
+
+
+def _correlated(config: PrivacyConfig, mechanism: SampledGaussian, rounds: int) -> BandedNoise:
+    bands = min(mechanism.groups, rounds) if config.bands is None else config.bands
+    if bands < 2:
+        raise PrivacyError("noise", config.noise, 'correlates rounds, and there is one; use "independent"')
+    try:
+        # A participation of its own: rounds at least `groups >= bands` apart touch different columns of C, so k of
+        # them cost what k independent releases cost, and z keeps its meaning.
+        return banded_noise(rounds=rounds, bands=bands, participations=1)
+    except ImportError as error:
+        raise PrivacyError("noise", config.noise, str(error)) from error

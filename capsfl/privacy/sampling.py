@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 
 class Cohort(NamedTuple):
@@ -28,6 +29,23 @@ def sample_all(*, num_hospitals: int) -> Cohort:
 def sample_fixed(*, key: Array, num_hospitals: int, cohort: int) -> Cohort:
     """Returns `cohort` distinct hospitals, every subset of that size being equally likely."""
     return Cohort(_permutation(key, num_hospitals)[:cohort], jnp.ones(cohort, bool))
+
+
+def sample_cyclic(*, number: ArrayLike, num_hospitals: int, cohort: int) -> Cohort:
+    """Returns the hospitals whose turn it is: of ceil(H / m) groups, that of round `number`, and so on in turn.
+
+    Hospital i is in group i mod ceil(H / m) whether or not the others are there, so no two rounds of one hospital
+    are closer than the number of groups. Groups that are one hospital short have a masked last slot.
+
+    Args:
+        number: scalar int32, rounds of the run before this one.
+        num_hospitals: H.
+        cohort: m, at most H, the size of the largest group.
+    """
+    groups = -(-num_hospitals // cohort)
+    indices = jnp.asarray(number, jnp.int32) % groups + groups * jnp.arange(cohort, dtype=jnp.int32)
+    mask = indices < num_hospitals
+    return Cohort(jnp.where(mask, indices, 0), mask)
 
 
 def sample_poisson(*, key: Array, num_hospitals: int, cohort: int, truncation: int) -> Cohort:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import NamedTuple
 
 import dp_accounting
 import pytest
@@ -11,59 +12,82 @@ from capsfl.privacy import PrivacyError, epsilon_report, epsilon_under_both_rela
 from capsfl.privacy.accounting import beside_epsilon, epsilon, resolve_truncation
 from capsfl.privacy.events import SampledGaussian
 
-# (H, m, z, T): every row of the vectors.
+
+class Row(NamedTuple):
+    """One setting and what dp-accounting 0.6.0 gives for it on a grid of 1e-4, and a PRV accountant's two bounds."""
+
+    hospitals: int
+    cohort: int
+    multiplier: float
+    rounds: int
+    delta: float
+    poisson_pld: float
+    poisson_rdp: float
+    fixed_pld: float
+    fixed_rdp: float
+    lower: float | None
+    upper: float | None
+
+
 ROWS = [
-    (100, 10, 1.0, 100),
-    (100, 30, 1.0, 24),
-    (1000, 100, 1.0, 24),
-    (10000, 300, 1.0, 24),
-    (50, 5, 2.0, 200),
-    (20, 20, 5.0, 50),
-    (1000, 10, 0.8, 1000),
-    (100, 50, 4.0, 100),
-    (200, 20, 8.0, 500),
-    (10000, 50, 0.6, 2000),
+    Row(*figures)
+    for figures in [
+        (100, 10, 1.0, 100, 0.001, 4.7843502, 5.6550528, 27.6695633, 79.3317469, 4.774489, 4.795574),
+        (100, 30, 1.0, 24, 0.001, 7.2411262, 8.5054816, 32.9438685, 62.6919718, 7.230365, 7.251889),
+        (1000, 100, 1.0, 24, 1e-05, 3.8378859, 4.4862516, 18.2349105, 27.8410997, 3.827736, 3.848365),
+        (10000, 300, 1.0, 24, 1e-06, 1.7372052, 2.223904, 10.2587072, 14.6790311, 1.727036, 1.747379),
+        (50, 5, 2.0, 200, 0.001, 2.3028216, 2.6472316, 12.2070002, 16.1093197, 2.292558, 2.313088),
+        (20, 20, 5.0, 50, 0.001, 4.845252, 5.4200182, 12.0696677, 13.2932791, None, None),
+        (1000, 10, 0.8, 1000, 1e-05, 3.1410183, 3.6956132, 30.644756, 108.7065186, 3.130771, 3.151265),
+        (100, 50, 4.0, 100, 0.0001, 5.1178801, 5.6237643, 29.0785751, 32.824046, 5.107534, 5.128229),
+        (200, 20, 8.0, 500, 1e-05, 1.0613023, 1.1608862, 4.9697492, 5.6022419, 1.051231, 1.071372),
+        (10000, 50, 0.6, 2000, 1e-06, 6.3525767, 7.402305, 72.385908, 2950.7222632, 6.342138, 6.363008),
+    ]
 ]
+CLOSE = 5e-3
+"""The issue's half per cent; ours is within two thousandths of a per cent, and never below."""
 
 
-@pytest.fixture(scope="module")
-def vectors(shared_vectors):
-    rows = json.loads((shared_vectors / "epsilon.json").read_text())["rows"]
-    return {(row["H"], row["m"], row["z"], row["T"]): row for row in rows}
+def test_the_rows_are_those_of_the_vectors(shared_vectors):
+    known = {
+        (row["H"], row["m"], row["z"], row["T"], row["delta"]): row
+        for row in json.loads((shared_vectors / "epsilon.json").read_text())["rows"]
+    }
+    assert set(known) == {row[:5] for row in ROWS}
+    for row in ROWS:
+        found = known[row[:5]]
+        names = ("poisson_pld_add_remove", "poisson_rdp_add_remove")
+        names += ("wor_pld_truncated_p1_cap_m", "wor_rdp_replace_one_nm_z_over_2")
+        assert [found[name]["eps"] for name in names] == pytest.approx(row[5:9], rel=1e-6)
 
 
-def test_every_row_of_the_vectors_is_tested(vectors):
-    assert set(vectors) == set(ROWS)
-
-
-@pytest.mark.parametrize(("hospitals", "cohort", "multiplier", "rounds"), ROWS)
-def test_poisson_matches_the_known_pld_and_rdp_values(vectors, hospitals, cohort, multiplier, rounds):
-    row = vectors[hospitals, cohort, multiplier, rounds]
-    mechanism = SampledGaussian("poisson", hospitals, cohort, multiplier)
-    figure = epsilon(mechanism, rounds=rounds, delta=row["delta"])
-    assert figure == pytest.approx(row["poisson_pld_add_remove"]["eps"], rel=1e-3)
-    if "poisson_prv_add_remove" in row:
-        assert row["poisson_prv_add_remove"]["lower"] < figure < row["poisson_prv_add_remove"]["upper"]
-    beside = beside_epsilon(mechanism, rounds=rounds, delta=row["delta"])
-    assert beside == pytest.approx(row["poisson_rdp_add_remove"]["eps"], rel=1e-6)
-
-
-@pytest.mark.parametrize(("hospitals", "cohort", "multiplier", "rounds"), ROWS)
-def test_fixed_matches_the_known_pld_and_rdp_values(vectors, hospitals, cohort, multiplier, rounds):
-    row = vectors[hospitals, cohort, multiplier, rounds]
-    mechanism = SampledGaussian("fixed", hospitals, cohort, multiplier)
-    figure = epsilon(mechanism, rounds=rounds, delta=row["delta"])
-    assert figure == pytest.approx(row["wor_pld_truncated_p1_cap_m"]["eps"], rel=1e-3)
-    beside = beside_epsilon(mechanism, rounds=rounds, delta=row["delta"])
-    assert beside == pytest.approx(row["wor_rdp_replace_one_nm_z_over_2"]["eps"], rel=1e-6)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"H{row.hospitals}-m{row.cohort}")
+def test_poisson_matches_the_known_pld_and_rdp_values_and_is_never_below(row):
+    mechanism = SampledGaussian("poisson", row.hospitals, row.cohort, row.multiplier)
+    figure = epsilon(mechanism, rounds=row.rounds, delta=row.delta)
+    assert row.poisson_pld <= figure <= row.poisson_pld * (1 + CLOSE)
+    if row.lower is not None:
+        assert row.lower < figure < row.upper
+    beside = beside_epsilon(mechanism, rounds=row.rounds, delta=row.delta)
+    assert beside == pytest.approx(row.poisson_rdp, rel=CLOSE)
     assert beside > figure
 
 
-def test_all_matches_the_known_values_under_both_relations(vectors):
-    row = vectors[20, 20, 5.0, 50]
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"H{row.hospitals}-m{row.cohort}")
+def test_fixed_matches_the_known_pld_and_rdp_values_and_is_never_below(row):
+    mechanism = SampledGaussian("fixed", row.hospitals, row.cohort, row.multiplier)
+    figure = epsilon(mechanism, rounds=row.rounds, delta=row.delta)
+    assert row.fixed_pld <= figure <= row.fixed_pld * (1 + CLOSE)
+    beside = beside_epsilon(mechanism, rounds=row.rounds, delta=row.delta)
+    assert beside == pytest.approx(row.fixed_rdp, rel=CLOSE)
+    assert beside > figure
+
+
+def test_all_matches_the_known_values_under_both_relations():
+    # Row (20, 20, 5.0, 50) draws everybody, so its PLD is that of plain Gaussian composition.
     report = epsilon_report(hospitals=20, cohort=None, noise_multiplier=5.0, rounds=50, delta=1e-3, sampler="all")
-    assert report["epsilon"] == pytest.approx(row["poisson_pld_add_remove"]["eps"], rel=1e-6)
-    assert report["beside_epsilon"] == pytest.approx(row["poisson_pld_replace_one"]["eps"], rel=1e-6)
+    assert report["epsilon"] == pytest.approx(4.845252, rel=1e-6)
+    assert report["beside_epsilon"] == pytest.approx(12.069668, rel=1e-6)
     assert (report["relation"], report["beside_relation"]) == ("add_or_remove_one", "replace_one")
 
 

@@ -64,6 +64,25 @@ def test_updates_within_the_bound_are_unchanged_bit_for_bit():
     assert float(norm) > 0
 
 
+@pytest.mark.parametrize("bound", [5.0, 2.0**-20, 2.0**20])
+def test_clipping_is_exact_at_just_below_and_just_above_the_bound(bound):
+    unit = np.float32(bound / 5)
+    at = jnp.asarray([3 * unit, 0, -4 * unit])  # of norm S without rounding
+    clipped, norm = clip_by_global_norm(at, bound)
+    assert float(norm) == bound
+    np.testing.assert_array_equal(clipped, at)
+    below, _ = clip_by_global_norm(at, float(np.nextafter(np.float32(bound), np.float32(np.inf))))
+    np.testing.assert_array_equal(below, at)
+    # One unit in the last place above S: scaled by a factor below 1, and S is kept to the last place.
+    less = np.nextafter(np.float32(bound), np.float32(0))
+    above, _ = clip_by_global_norm(at, float(less))
+    assert _norm(above) == pytest.approx(float(less), rel=2**-22)
+    assert (np.abs(above) <= np.abs(at)).all()
+    assert not np.array_equal(above, at)
+    far, _ = clip_by_global_norm(at * 1024, bound)
+    np.testing.assert_array_equal(far, at)  # a power of two comes back exactly
+
+
 def test_zero_and_empty_updates_pass():
     clipped, norm = clip_by_global_norm({"a": jnp.zeros((2, 3)), "b": jnp.zeros(())}, 0.5)
     assert _norm(clipped) == 0

@@ -68,5 +68,5 @@ def test_a_pattern_that_does_not_fit_is_refused(words, message):
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_privacy.matrix_factorization", None)
-    with pytest.raises(ImportError, match=r"pip install capsfl\[matrix\]"):
+    with pytest.raises(ImportError, match=r"pip install 'capsfl\[matrix\]'"):
         banded_noise(rounds=4, bands=2)

@@ -1,7 +1,5 @@
 """Patients are protected as wholes: one moves the sum by at most S, whatever and how many its slices are."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +10,9 @@ from scipy import stats
 from capsfl.federated.local import LocalConfig, make_local_update
 from capsfl.federated.private_local import make_private_local_update
 from capsfl.learning.tasks import make_task
-from capsfl.privacy import Cohort, PrivacyError
-from capsfl.privacy.patients import PatientPrivacyConfig, clipped_patient_sum, count_patients, patient_plan
+from capsfl.privacy import Cohort, PrivacyConfig, PrivacyError
+from capsfl.privacy.patient_plan import PatientPlan, Stage, patient_plan
+from capsfl.privacy.patients import clipped_patient_sum, count_patients
 from capsfl.privacy.sampling import sample_patients
 
 
@@ -80,24 +79,15 @@ def test_patients_are_drawn_equally_often_for_a_traced_number_of_them():
     assert statistic < stats.chi2.ppf(1 - 1e-4, 10)
 
 
-def test_every_hospital_has_its_own_epsilon_and_the_unit_is_the_patient():
-    config = PatientPrivacyConfig(clip_norm=1.0, noise_multiplier=2.0, expected_patients=5, delta=1e-3)
-    plan = patient_plan(config, patients=[20, 60], rounds=3, epochs=2)
-    small, large = plan.statement(0, 3), plan.statement(1, 3)
-    assert (small.unit, small.rounds, large.rounds) == ("patient", 24, 72)
-    assert small.epsilon is not None
-    assert small.epsilon == plan.epsilon(0, 3)
-    assert (small.hospitals, large.hospitals) == (20, 60)
-    assert small.truncation == min(plan.truncation, 20)
-    assert large.truncation == plan.truncation
-    with pytest.raises(PrivacyError, match=r"patient_privacy\.expected_patients = 5: hospital 1 has 3 patients"):
-        patient_plan(config, patients=[20, 3], rounds=1)
-
-
 def test_patients_are_counted_and_gaps_in_their_numbers_refused():
     assert count_patients(PATIENT, hospital="north") == 4
     with pytest.raises(PrivacyError, match=r"north\.patient = \[0, 2\]: must number"):
         count_patients(np.array([0, 2, 2]), hospital="north")
+
+
+def _plan(patients: int, **privacy) -> PatientPlan:
+    config = PrivacyConfig(unit="patient", **privacy)
+    return patient_plan(config, [Stage("line", rounds=1, patients=(("north", patients),))])
 
 
 def _task():
@@ -110,8 +100,7 @@ def _task():
 def test_without_clipping_or_noise_and_all_patients_it_is_gradient_descent():
     task = _task()
     one_each = np.arange(ROWS, dtype=np.int32)
-    config = PatientPrivacyConfig(clip_norm=1e6, noise_multiplier=0.0, expected_patients=ROWS)
-    plan = patient_plan(config, patients=[ROWS], rounds=1)
+    plan = _plan(ROWS, clip_norm=1e6, noise_multiplier=0.0, expected_patients=ROWS)
     local = LocalConfig(optimizer="sgd", learning_rate=0.1, batch_size=ROWS)
     records, count, key = _records(), jnp.int32(ROWS), jax.random.key(0)
     plain = make_local_update(task, local)(task.parameters, records, count, key=key)
@@ -123,8 +112,7 @@ def test_without_clipping_or_noise_and_all_patients_it_is_gradient_descent():
 
 def test_the_step_divides_by_the_expected_patients_and_its_noise_is_z_s_over_m():
     task = _task()
-    config = PatientPrivacyConfig(clip_norm=0.5, noise_multiplier=3.0, expected_patients=4)
-    plan = patient_plan(config, patients=[4], rounds=1)
+    plan = _plan(4, clip_norm=0.5, noise_multiplier=3.0, expected_patients=4)
     local = make_private_local_update(task, LocalConfig(optimizer="sgd", learning_rate=1.0), plan)
     records = _records() | {"patient": jnp.asarray(PATIENT)}
     run = jax.jit(jax.vmap(lambda key: local(task.parameters, records, jnp.int32(ROWS), key=key).update))
@@ -135,16 +123,15 @@ def test_the_step_divides_by_the_expected_patients_and_its_noise_is_z_s_over_m()
 
 def test_hospitals_without_records_send_nothing_and_missing_patients_are_named():
     task = _task()
-    config = PatientPrivacyConfig(clip_norm=0.5, noise_multiplier=1.0, expected_patients=2)
-    plan = patient_plan(config, patients=[4], rounds=1)
+    plan = _plan(4, clip_norm=0.5, noise_multiplier=1.0, expected_patients=2)
     local = make_private_local_update(task, LocalConfig(), plan)
     records = _records() | {"patient": jnp.asarray(PATIENT)}
     empty = local(task.parameters, records, jnp.int32(0), key=jax.random.key(0))
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(empty.update))
     with pytest.raises(ValueError, match='no leaf "patient"'):
         local(task.parameters, _records(), jnp.int32(3), key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"local\.epochs = 1: the patient plan accounts for 2"):
-        make_private_local_update(task, LocalConfig(), replace(plan, epochs=2))
+    with pytest.raises(ValueError, match=r"local\.epochs = 2: the patient plan accounts for 1 of line"):
+        make_private_local_update(task, LocalConfig(epochs=2), plan)
 
 
 def test_models_with_batch_statistics_are_refused_by_name():
