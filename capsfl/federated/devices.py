@@ -2,30 +2,51 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pydantic import Field
 
 from capsfl.federated.aggregation import Rule
 from capsfl.federated.local import LocalResult
 from capsfl.federated.round import CohortRecords, RoundMetrics, RoundState, Setting, make_round
+from capsfl.federated.secure import SecureSum
+from capsfl.federated.votes import VotingRule
 from capsfl.privacy.plan import PrivacyPlan
-from capsfl.settings import Settings
+from capsfl.processes import ProcessesConfig, ProcessesError, meet
 
 AXIS = "hospitals"
 
 
-class DevicesConfig(Settings):
+class DevicesConfig(ProcessesConfig):
     """Where the hospitals of a cohort are trained."""
 
     parallel: Literal["single", "pmap", "shard_map"] = "single"
-    """One device, or the cohort split over all visible ones by `jax.pmap` or by `jax.shard_map`."""
+    """One device, or the cohort split over all visible ones by `jax.pmap` or by `jax.shard_map`; several processes,
+    over all of whose devices it is then split, need `shard_map`."""
     chunk: int | None = Field(default=None, ge=1)
-    """L, hospitals vmapped at once on a device; default 1 on CPU, whose caches hold one, else the whole share."""
+    """L, hospitals vmapped at once on a device; when absent measured in the first round, where that pays."""
+    memory_fraction: float = Field(default=0.8, gt=0, le=1)
+    """Share of a device's free memory (on a CPU the machine's) that a round may fill where L is measured."""
+
+
+class PlannedBytes(NamedTuple):
+    """What XLA plans for a round on one device; zeros where it does not tell.
+
+    Attributes:
+        arguments: state and the cohort's records; grow with the cohort.
+        results: the next state and the metrics.
+        temporaries: everything between; grows with L.
+    """
+
+    arguments: int
+    results: int
+    temporaries: int
 
 
 class CohortProgram:
@@ -35,10 +56,16 @@ class CohortProgram:
         local_update: training of one hospital.
         server_optimizer: `learning_rate -> optimizer`, the server's step.
         plan: sampler and noise; its slots are padded to fill the devices.
-        config: layout.
-        devices: defaults to all local devices (the first one for `single`).
+        config: layout; where L is absent it is 1 on a CPU, whose caches hold one hospital, else the whole share.
+        devices: defaults to all devices of all processes (the first one for `single`).
         rule: robust rule over the stacked updates; None for the sum.
         spread: whether the moments of the updates are measured.
+        secure: adds up masked words instead of updates.
+        voting: weighs the stacked updates by the cohort's votes.
+        dropout: the chance that a hospital's update never arrives.
+
+    Raises:
+        ProcessesError: several processes, and a layout for one.
     """
 
     def __init__(
@@ -51,21 +78,34 @@ class CohortProgram:
         devices: Sequence[Any] | None = None,
         rule: Rule | None = None,
         spread: bool = False,
+        secure: SecureSum | None = None,
+        voting: VotingRule | None = None,
+        dropout: float = 0.0,
     ) -> None:
         self._parallel = config.parallel
-        self._devices: list[Any] = list(devices or jax.local_devices())
+        self._several = jax.process_count() > 1
+        self._compiled = False
+        if self._several and config.parallel != "shard_map":
+            raise ProcessesError(
+                f'devices.parallel = "{config.parallel}": lays the cohort over one process, and {jax.process_count()} '
+                'take part; set it to "shard_map", or start one process'
+            )
+        self._devices: list[Any] = list(devices or jax.devices())
         if config.parallel == "single":
             self._devices = self._devices[:1]
         share = -(-plan.num_slots // len(self._devices))
         default_chunk = 1 if self._devices[0].platform == "cpu" else share
-        chunk = min(config.chunk or default_chunk, share)
-        share = -(-share // chunk) * chunk
-        self.num_slots = share * len(self._devices)
+        self.chunk = chunk = min(config.chunk or default_chunk, share)
+        self.share = -(-share // chunk) * chunk
+        self.num_slots = self.share * len(self._devices)
         self._mesh = Mesh(np.asarray(self._devices), (AXIS,))
         axis = None if config.parallel == "single" else AXIS
         # A prefix of the metrics' tree: slots are split over the devices, the rest is the same on all of them.
         layout: Any = RoundMetrics
-        body = make_round(local_update, server_optimizer, plan, chunk=chunk, axis_name=axis, rule=rule, spread=spread)
+        body = make_round(
+            local_update, server_optimizer, plan, chunk=chunk, axis_name=axis, rule=rule, spread=spread, secure=secure,
+            voting=voting, dropout=dropout,
+        )  # fmt: skip
         if config.parallel == "single":
             self._run = jax.jit(body)
         elif config.parallel == "pmap":
@@ -73,7 +113,7 @@ class CohortProgram:
                 body,
                 axis_name=AXIS,
                 in_axes=(None, 0, None, None),
-                out_axes=(None, layout(0, None, None)),
+                out_axes=(None, layout(0, None, None, None)),
                 devices=self._devices,
             )
         else:
@@ -83,37 +123,106 @@ class CohortProgram:
                     jax.shard_map,
                     mesh=self._mesh,
                     in_specs=(whole, split, whole, whole),
-                    out_specs=(whole, layout(split, whole, whole)),
+                    out_specs=(whole, layout(split, whole, whole, whole)),
                     # The loop over a hospital's steps starts from replicated weights and ends in its own.
                     check_vma=False,
                 )(body)
             )
 
+    @property
+    def devices(self) -> Sequence[Any]:
+        """The devices that the cohort is split over."""
+        return self._devices
+
+    def arrange(self, counts: np.ndarray) -> np.ndarray:
+        """`arrange_slots` for this layout."""
+        return arrange_slots(counts, share=self.share, devices=len(self._devices), chunk=self.chunk)
+
     def place(self, cohort: CohortRecords) -> CohortRecords:
-        """Pads host arrays `(slots, ...)` with empty slots and puts them where the program reads them."""
-
-        def pad(leaf: np.ndarray) -> np.ndarray:
-            leaf = np.asarray(leaf)
-            missing = self.num_slots - leaf.shape[0]
-            return np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
-
-        padded = jax.tree.map(pad, cohort)
+        """Puts host arrays `(num_slots, ...)`, laid out by `arrange`, where the program reads them."""
         if self._parallel == "single":
-            return jax.device_put(padded, self._devices[0])
+            return jax.device_put(cohort, self._devices[0])
         if self._parallel == "pmap":
-            padded = jax.tree.map(lambda leaf: leaf.reshape(len(self._devices), -1, *leaf.shape[1:]), padded)
-        return jax.device_put(padded, NamedSharding(self._mesh, PartitionSpec(AXIS)))
+            cohort = jax.tree.map(lambda leaf: leaf.reshape(len(self._devices), -1, *leaf.shape[1:]), cohort)
+        return self._spread(cohort, PartitionSpec(AXIS))
+
+    @property
+    def own(self) -> np.ndarray:
+        """`(num_slots,)` bool, the slots that lie on this process's devices; the others' records it need not read."""
+        return np.repeat([device.process_index == jax.process_index() for device in self._devices], self.share)
 
     def replicate(self, state: RoundState) -> RoundState:
         """Puts a state where a round leaves it, so that the first round is compiled for all that follow."""
         if self._parallel == "shard_map":
-            return jax.device_put(state, NamedSharding(self._mesh, PartitionSpec()))
+            return self._spread(state, PartitionSpec())
         return jax.device_put(state, self._devices[0])
 
-    def __call__(
+    def compile(self, state: RoundState, cohort: CohortRecords, setting: Setting, key: jax.Array) -> PlannedBytes:
+        """Compiles the round ahead of its first call; shapes, `jax.ShapeDtypeStruct`, will do for the arguments."""
+        plan = self._run.lower(state, cohort, setting, key).compile().memory_analysis()
+        if plan is None:
+            return PlannedBytes(0, 0, 0)
+        results = plan.output_size_in_bytes - plan.alias_size_in_bytes
+        return PlannedBytes(plan.argument_size_in_bytes, results, plan.temp_size_in_bytes)
+
+    def dispatch(
         self, state: RoundState, cohort: CohortRecords, setting: Setting, key: jax.Array
     ) -> tuple[RoundState, RoundMetrics]:
-        """Runs one round; the slots' metrics come back `(slots,)` on the host."""
-        state, metrics = self._run(state, cohort, setting, key)
-        slots: Any = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1), metrics.slots)
-        return state, RoundMetrics(slots, metrics.spread, metrics.clip_norm)
+        """Starts one round and returns at once; its slots are still split over the devices."""
+        if self._several:
+            setting, key = self._spread((setting, key), PartitionSpec())
+            if not self._compiled:
+                self.compile(state, cohort, setting, key)
+                self._compiled = True
+            # Gloo waits half a minute for the others, and one may still have been compiling or writing its ledger.
+            meet()
+        return self._run(state, cohort, setting, key)
+
+    def collect(self, metrics: RoundMetrics) -> RoundMetrics:
+        """Waits for the slots' metrics and brings them `(num_slots,)` to the host."""
+        gathered = process_allgather(metrics.slots, tiled=True) if self._several else metrics.slots
+        slots: Any = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1), gathered)
+        return metrics._replace(slots=slots)
+
+    def _spread(self, tree: Any, spec: PartitionSpec) -> Any:
+        """Puts a tree on the mesh; of several processes each gives its own devices' part, and has to hold no more."""
+        sharding = NamedSharding(self._mesh, spec)
+        if not self._several:
+            return jax.device_put(tree, sharding)
+
+        def spread(leaf: Any) -> jax.Array:
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+                return leaf  # from a round, or restored: it lies there already
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(spread(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(spread, tree)
+
+
+def arrange_slots(counts: np.ndarray, *, share: int, devices: int, chunk: int) -> np.ndarray:
+    """Lays a cohort out so that no hospital waits long for another.
+
+    A vmapped chunk takes the steps of its largest hospital, so hospitals of like size share one. Chunks are dealt to
+    the devices back and forth from the largest down, so that the devices, too, have about the same to do.
+
+    Args:
+        counts: `(cohort,)` records of each hospital, 0 for a masked slot.
+        share: slots of a device, a multiple of `chunk`.
+        devices: how many.
+        chunk: L.
+
+    Returns:
+        `(devices * share,)` positions in the cohort, device by device; `len(counts)` stands for an empty slot.
+    """
+    order = np.full(devices * share, len(counts))
+    order[: len(counts)] = np.argsort(-np.asarray(counts), kind="stable")
+    rows = order.reshape(-1, devices, chunk)
+    rows[1::2] = rows[1::2, ::-1].copy()
+    return rows.swapaxes(0, 1).reshape(-1)
+
+
+def on_one_device(tree: Any) -> Any:
+    """Takes what all devices hold alike, such as weights, from one of this process's."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, tree)

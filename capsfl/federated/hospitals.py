@@ -2,10 +2,39 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+
+
+class HospitalSource(Protocol):
+    """Records of hospitals wherever they lie: `Hospitals` in memory, `StoredHospitals` in TensorStore."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Hospital names, in order."""
+        ...
+
+    @property
+    def counts(self) -> np.ndarray:
+        """`(hospitals,)` int32, how many records each hospital really has."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Records a hospital can hold: the size of the padded record axis."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray, mask: np.ndarray | None = None) -> Any:
+        """Records of a cohort: pytree of host arrays `(slots, records, ...)`, zeros where `mask` is False."""
+        ...
+
+    def prefetch(self, indices: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Says what the next `take` will be, so that it can be on its way."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,9 +59,24 @@ class Hospitals:
         """Records a hospital can hold: the size of the padded record axis."""
         return jax.tree.leaves(self.records)[0].shape[1]
 
-    def take(self, indices: np.ndarray) -> Any:
-        """Records of the hospitals at `indices`: pytree of host arrays `(len(indices), records, ...)`."""
-        return jax.tree.map(lambda leaf: leaf[indices], self.records)
+    def take(self, indices: np.ndarray, mask: np.ndarray | None = None) -> Any:
+        """Returns the records of a cohort: a pytree of host arrays `(slots, records, ...)`.
+
+        Args:
+            indices: `(slots,)` positions of the hospitals.
+            mask: `(slots,)` bool; slots where it is False hold zeros. All are filled by default.
+        """
+
+        def rows(leaf: np.ndarray) -> np.ndarray:
+            found = leaf[indices]
+            if mask is not None:
+                found[~mask] = 0
+            return found
+
+        return jax.tree.map(rows, self.records)
+
+    def prefetch(self, indices: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Does nothing: all records are at hand."""
 
 
 def stack_hospitals(records: Mapping[str, Any]) -> Hospitals:
@@ -78,6 +122,14 @@ def pool_hospitals(hospitals: Hospitals, name: str = "pooled") -> Hospitals:
     """Returns one hospital that holds the records of all: the centralised comparison."""
     keep = np.arange(hospitals.capacity)[None, :] < hospitals.counts[:, None]
     return stack_hospitals({name: jax.tree.map(lambda leaf: leaf[keep], hospitals.records)})
+
+
+def seat_hospitals(hospitals: Hospitals, names: Sequence[str]) -> Hospitals:
+    """Returns a hospital for every name, in that order; those that are not there hold no records and train nothing."""
+    empty = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:]), leaf.dtype), hospitals.records)
+    rows = [hospitals.names.index(name) if name in hospitals.names else len(hospitals) for name in names]
+    records = jax.tree.map(lambda leaf, none: np.concatenate([leaf, none])[rows], hospitals.records, empty)
+    return Hospitals(tuple(names), records, np.append(hospitals.counts, 0).astype(np.int32)[rows])
 
 
 def select_hospitals(hospitals: Hospitals, names: Sequence[str]) -> Hospitals:

@@ -7,42 +7,45 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from capsfl.federated.local import LocalConfig, LocalResult, make_optimizer
+from capsfl.federated.local import LocalConfig, LocalResult, make_local_update, make_optimizer
 from capsfl.learning.tasks import Task
 from capsfl.privacy.mechanisms import add_gaussian
-from capsfl.privacy.patients import PatientPlan, clipped_patient_sum, steps_in_epoch
+from capsfl.privacy.patient_plan import PatientPlan
+from capsfl.privacy.patients import clipped_patient_sum, steps_in_epoch
+from capsfl.privacy.plan import PrivacyPlan
 from capsfl.privacy.sampling import sample_patients
 
 
 def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan) -> Callable[..., LocalResult]:
     """Builds the function one hospital runs in a round; it is vmapped over hospitals.
 
-    A hospital of N patients takes `plan.epochs * ceil(N / m)` steps. In each, every patient is drawn with
+    A hospital of N patients takes `epochs * ceil(N / m)` steps. In each, every patient is drawn with
     probability m/N; the gradients of their mean losses are clipped to S and summed, N(0, z^2 S^2 I) is added, and
     the sum is divided by the expected m. The optimizer only sees that.
 
-    Guarantee: `plan.statement(hospital, rounds)`, patient-level, of the returned update. The loss is not private:
-    for the hospital's own log.
+    Guarantee: `plan.epsilon(hospital, rounds)`, patient-level, of the returned update, whatever the server then does
+    with it. The loss is not private: for the hospital's own log.
 
     Args:
         task: its loss is taken record by record, so a record's loss must not depend on the batch it is in.
         config: optimizer and learning rate; m stands in for `batch_size`.
-        plan: of these hospitals, built with `epochs=config.epochs`.
+        plan: of these hospitals, with a stage of the task's name and the epochs of `config`.
 
     Returns:
         `(parameters, records, count, *, key, learning_rate, drift) -> LocalResult`, as `make_local_update`; a
-            `drift` may hold nothing but what was released. `records` is a dictionary that holds an int32 leaf
+        `drift` may hold nothing but what was released. `records` is a dictionary that holds an int32 leaf
         "patient" `(records,)`, numbering the hospital's patients from 0 without gaps, next to the data.
 
     Raises:
         ValueError: the plan accounts for another number of epochs; or, when called, the patients are missing.
     """
-    if plan.epochs != config.epochs:
+    epochs, truncation = plan.epochs(task.name), plan.truncation(task.name)
+    if epochs != config.epochs:
         raise ValueError(
-            f"local.epochs = {config.epochs}: the patient plan accounts for {plan.epochs}; build it with epochs="
-            f"{config.epochs}"
+            f"local.epochs = {config.epochs}: the patient plan accounts for {epochs} of {task.name}; build it with "
+            f"epochs={config.epochs}"
         )
-    privacy = plan.config
+    privacy, expected = plan.config, plan.expected_patients
 
     def weighted_loss(weights: Any, batch: Any, share: jax.Array) -> jax.Array:
         def alone(record: Any) -> jax.Array:
@@ -70,7 +73,7 @@ def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan
         patient = jnp.where(jnp.arange(capacity) < count, records["patient"], -1)
         data = {name: leaf for name, leaf in records.items() if name != "patient"}
         num_patients = jnp.max(patient) + 1
-        steps = plan.epochs * steps_in_epoch(num_patients, privacy.expected_patients)
+        steps = epochs * steps_in_epoch(num_patients, expected)
 
         def step(index: jax.Array, carry: tuple[Any, Any, jax.Array]) -> tuple[Any, Any, jax.Array]:
             weights, optimizer_state, total_loss = carry
@@ -79,8 +82,8 @@ def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan
                 key=jax.random.fold_in(step_key, 0),
                 num_patients=num_patients,
                 capacity=capacity,
-                expected=privacy.expected_patients,
-                truncation=plan.truncation,
+                expected=expected,
+                truncation=truncation,
             )
             summed = clipped_patient_sum(gradient, weights, data, patient, drawn, clip_norm=privacy.clip_norm)
             noisy = add_gaussian(
@@ -88,7 +91,7 @@ def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan
                 key=jax.random.fold_in(step_key, 1),
                 standard_deviation=privacy.noise_multiplier * privacy.clip_norm,
             )
-            mean = jax.tree.map(lambda leaf: leaf / privacy.expected_patients, noisy)
+            mean = jax.tree.map(lambda leaf: leaf / expected, noisy)
             # Both are functions of released weights: after the noise, they cost no privacy.
             if config.proximal:
                 mean = jax.tree.map(lambda g, w, w_t: g + config.proximal * (w - w_t), mean, weights, parameters)
@@ -104,3 +107,10 @@ def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan
         return LocalResult(update, total_loss / jnp.maximum(steps, 1), steps)
 
     return local_update
+
+
+def local_update_of(task: Task, config: LocalConfig, plan: PrivacyPlan) -> Callable[..., LocalResult]:
+    """Builds what a hospital does in a round under a plan: private within, or plain and clipped as a whole later."""
+    if plan.patients is None:
+        return make_local_update(task, config)
+    return make_private_local_update(task, config, plan.patients)

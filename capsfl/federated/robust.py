@@ -60,19 +60,30 @@ def trimmed_mean(updates: Any, mask: jax.Array, *, trim: float) -> Any:
     return _mean_of_ranks(updates, mask, cut, count - cut)
 
 
+def check_krum(*, slots: int, byzantine: int, selected: int = 1) -> None:
+    """Refuses a cohort that can never hold enough updates for Krum.
+
+    Raises:
+        PrivacyError: fewer than 2 f + 3 slots, or more updates selected than slots - f - 2; f below 0.
+    """
+    if byzantine < 0 or slots < 2 * byzantine + 3:
+        remedy = f"Krum needs 2 f + 3 hospitals in a round, f >= 0, and has {slots}; lower it or draw more"
+        raise PrivacyError("byzantine", byzantine, remedy)
+    most = slots - byzantine - 2
+    if not 1 <= selected <= most:
+        raise PrivacyError("selected", selected, f"multi-Krum averages 1 to cohort - f - 2 = {most} updates")
+
+
 def krum(updates: Any, mask: jax.Array, *, byzantine: int, selected: int = 1) -> Any:
     """Krum, or multi-Krum for `selected` > 1 (Blanchard et al. 2017).
 
     A cohort that realises fewer than `2 * byzantine + 3` (or `selected`) updates gives the coordinate median.
 
     Raises:
-        PrivacyError: the slots can never hold enough updates.
+        PrivacyError: as `check_krum`.
     """
     slots = mask.shape[0]
-    if byzantine < 0 or slots < 2 * byzantine + 3:
-        raise PrivacyError("byzantine", byzantine, f"Krum needs 2f + 3 <= slots = {slots} and f >= 0")
-    if not 1 <= selected <= slots - byzantine - 2:
-        raise PrivacyError("selected", selected, f"take 1 to slots - f - 2 = {slots - byzantine - 2} updates")
+    check_krum(slots=slots, byzantine=byzantine, selected=selected)
     # Centring on the median avoids cancellation in |a|² + |b|² - 2ab when updates share a large part.
     median = coordinate_median(updates, mask)
     centred = _clear(jax.tree.map(lambda leaf, middle: leaf - middle[None], updates, median), mask)

@@ -14,102 +14,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from capsfl.federated import diagnostics
 from capsfl.federated.aggregation import Rule
-from capsfl.federated.diagnostics import Spread
 from capsfl.federated.local import LocalResult
+from capsfl.federated.secure import SecureSum, draw_roster
+from capsfl.federated.state import CohortRecords as CohortRecords
+from capsfl.federated.state import Controls as Controls
+from capsfl.federated.state import RoundMetrics as RoundMetrics
+from capsfl.federated.state import RoundState as RoundState
+from capsfl.federated.state import Setting as Setting
+from capsfl.federated.state import SlotMetrics as SlotMetrics
+from capsfl.federated.votes import VotingRule, cast_votes, combine_by_votes
 from capsfl.privacy.adaptive import centred_bit, median_norm, quantile_update, update_multiplier
 from capsfl.privacy.clipping import clip_by_global_norm
 from capsfl.privacy.laplace import release_laplace
-from capsfl.privacy.mechanisms import mean_with_noise
+from capsfl.privacy.mechanisms import mean_with_banded_noise, mean_with_noise
 from capsfl.privacy.plan import PrivacyPlan
-
-
-class Controls(NamedTuple):
-    """Control variates of SCAFFOLD (Karimireddy et al. 2020).
-
-    Attributes:
-        server: c, pytree like the parameters.
-        hospitals: c_h of every hospital, leaves `(hospitals, ...)`: as much memory as all their models.
-    """
-
-    server: Any
-    hospitals: Any
-
-
-class RoundState(NamedTuple):
-    """What crosses rounds.
-
-    Attributes:
-        parameters: the server's weights.
-        server: state of the server optimizer.
-        round: scalar int32, rounds finished.
-        controls: of SCAFFOLD, else None.
-        clip_norm: scalar, the S of the next round where it follows a quantile of the update norms, else None.
-    """
-
-    parameters: Any
-    server: Any
-    round: jax.Array
-    controls: Controls | None = None
-    clip_norm: jax.Array | None = None
-
-
-class CohortRecords(NamedTuple):
-    """The cohort on the devices; every leaf leads with the slot axis.
-
-    Attributes:
-        records: pytree `(slots, records, ...)`.
-        counts: `(slots,)` int32; 0 marks an empty slot, which trains nothing and adds nothing.
-        hospitals: `(slots,)` int32 index of the hospital, from which its random key is derived.
-    """
-
-    records: Any
-    counts: jax.Array
-    hospitals: jax.Array
-
-
-class Setting(NamedTuple):
-    """The traced scalars of a study, so one program serves every setting of a sweep.
-
-    Attributes:
-        clip_norm: S, the L2 bound on a hospital's whole update.
-        noise_multiplier: z, standard deviation of the noise on the sum in units of S.
-        local_rate: learning rate inside a hospital.
-        server_rate: learning rate of the server.
-    """
-
-    clip_norm: jax.Array
-    noise_multiplier: jax.Array
-    local_rate: jax.Array
-    server_rate: jax.Array
-
-
-class SlotMetrics(NamedTuple):
-    """Un-noised figures per slot `(slots,)`: for the run's own log, never for the ledger.
-
-    Attributes:
-        loss: mean training loss.
-        update_norm: L2 norm before clipping; NaN or infinity where the update was discarded for holding one.
-    """
-
-    loss: jax.Array
-    update_norm: jax.Array
-
-
-class RoundMetrics(NamedTuple):
-    """Un-noised figures of a round.
-
-    Attributes:
-        slots: per slot.
-        spread: moments of the updates before clipping (Eq 9-11); None unless asked for.
-        clip_norm: scalar, the S that this round clipped to.
-    """
-
-    slots: SlotMetrics
-    spread: Spread | None
-    clip_norm: jax.Array
 
 
 class _Outcome(NamedTuple):
@@ -131,6 +53,9 @@ def make_round(
     axis_name: str | None = None,
     rule: Rule | None = None,
     spread: bool = False,
+    secure: SecureSum | None = None,
+    voting: VotingRule | None = None,
+    dropout: float = 0.0,
 ) -> Callable[..., tuple[RoundState, RoundMetrics]]:
     """Builds the body of a round.
 
@@ -143,6 +68,9 @@ def make_round(
         axis_name: device axis over which the clipped updates are summed; None on one device.
         rule: robust rule over the stacked clipped updates, whose memory then grows with the cohort; None for the sum.
         spread: whether to measure how far updates spread, at the price of two more copies of the model.
+        secure: adds up masked words instead of updates; only without `rule` and `voting`.
+        voting: weighs the stacked clipped updates by the cohort's votes on them, instead of `rule`.
+        dropout: the chance that a hospital trains and then is not heard of.
 
     Returns:
         `(state, cohort, setting, key) -> (state, metrics)`. `key` is the round's key, the same on every device:
@@ -152,51 +80,68 @@ def make_round(
     privacy = plan.config
     quantile, median = privacy.clipping == "quantile", privacy.clipping == "median"
     # A median of norms is known only when everybody has trained.
-    stacked = rule is not None or median
+    stacked = rule is not None or voting is not None or median
+    assert not (stacked and secure), "a rule over single updates cannot see masked ones"
 
-    def contribute(update: Any, bound: jax.Array, count: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
+    def contribute(update: Any, bound: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
         """What a hospital adds to the sum, and its L2 norm before clipping."""
-        clipped, norm = clip_by_global_norm(update, jnp.finfo(jnp.float32).max if median else bound)
-        if privacy.local_epsilon is None:
-            return clipped, norm
-        noisy, _ = release_laplace(update, key=key, clip_norm=bound, local_epsilon=privacy.local_epsilon)
-        # An empty slot is nobody, and releases nothing.
-        return jax.tree.map(lambda leaf: jnp.where(count > 0, leaf, 0), noisy), norm
+        most = jnp.finfo(jnp.float32).max if median else bound
+        clipped, norm = clip_by_global_norm(update, most if secure is None else secure.clip_share * most)
+        if privacy.local_epsilon is not None:
+            clipped, _ = release_laplace(update, key=key, clip_norm=bound, local_epsilon=privacy.local_epsilon)
+        return clipped, norm
 
     def round_body(
         state: RoundState, cohort: CohortRecords, setting: Setting, key: jax.Array
     ) -> tuple[RoundState, RoundMetrics]:
         local_key, noise_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         bound = setting.clip_norm if state.clip_norm is None else state.clip_norm
+        arrivals = cohort.counts > 0
+        if dropout > 0:
+            arrivals &= _stay(cohort.hospitals, dropout, key=jax.random.fold_in(key, 5))
+        mask_key = jax.random.fold_in(key, 4)
+        roster = None
+        if secure is not None:
+            everybody = _gather((cohort.hospitals, cohort.counts > 0, arrivals), axis_name)
+            roster = draw_roster(*everybody, key=mask_key)
 
-        def train_one(records: Any, count: jax.Array, hospital: jax.Array) -> _Outcome:
+        def train_one(records: Any, count: jax.Array, hospital: jax.Array, arrived: jax.Array) -> _Outcome:
             own = drift = None
             if state.controls is not None:
                 own = jax.tree.map(lambda leaf: leaf[hospital], state.controls.hospitals)
                 drift = jax.tree.map(jnp.subtract, state.controls.server, own)
-            result = local_update(
-                state.parameters,
-                records,
-                count,
-                key=jax.random.fold_in(local_key, hospital),
-                learning_rate=setting.local_rate,
-                drift=drift,
-            )
+            with jax.named_scope("local_training"):
+                result = local_update(
+                    state.parameters,
+                    records,
+                    count,
+                    key=jax.random.fold_in(local_key, hospital),
+                    learning_rate=setting.local_rate,
+                    drift=drift,
+                )
             release_key = jax.random.fold_in(jax.random.fold_in(key, 3), hospital)
-            contribution, norm = contribute(result.update, bound, count, release_key)
-            bit = jnp.where(count > 0, centred_bit(norm, bound), 0) if quantile else None
+            contribution, norm = contribute(result.update, bound, release_key)
+            bit = jnp.where(arrived, centred_bit(norm, bound), 0) if quantile else None
+            if secure is not None and roster is not None:
+                steps = secure.quantise(ravel_pytree(contribution)[0], bound)
+                if bit is not None:
+                    # The bit travels with the update, in whole halves.
+                    steps = jnp.append(steps, (2 * bit).astype(jnp.int32))
+                contribution, bit = secure.mask(steps, hospital, roster, key=mask_key), None
+            # Nobody in an empty slot, and nothing from a hospital that dropped out.
+            contribution = jax.tree.map(lambda leaf: jnp.where(arrived, leaf, jnp.zeros_like(leaf)), contribution)
             control = None
             if drift is not None:
                 # Option II of SCAFFOLD: c_h - c + (w_t - w_h) / (K eta); a discarded update leaves c_h alone.
-                usable = (count > 0) & jnp.isfinite(norm)
+                usable = arrived & jnp.isfinite(norm)
                 pace = 1 / (jnp.maximum(result.steps, 1) * setting.local_rate)
                 control = jax.tree.map(
                     lambda c_h, d, u: jnp.where(usable, -d - pace * u, c_h), own, drift, result.update
                 )
-            metrics = SlotMetrics(result.loss, norm)
+            metrics = SlotMetrics(result.loss, norm, arrived)
             return _Outcome(contribution, metrics, result.update if spread else None, control, bit)
 
-        def add_chunk(carry: tuple[Any, Any], part: CohortRecords) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+        def add_chunk(carry: tuple[Any, Any], part: tuple[Any, ...]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
             total, moments = carry
             if chunk == 1:
                 # A batch of one would only cost compile time, and turn convolutions into grouped ones.
@@ -205,15 +150,17 @@ def make_round(
             else:
                 outcome = jax.vmap(train_one)(*part)
             if spread:
-                usable = (part.counts > 0) & jnp.isfinite(outcome.metrics.update_norm)
+                usable = outcome.metrics.arrived & jnp.isfinite(outcome.metrics.update_norm)
                 moments = diagnostics.merge_spread(moments, diagnostics.measure_spread(outcome.raw, usable))
             if not stacked:
                 total = jax.tree.map(lambda t, c: t + c.sum(0), total, outcome.contribution)
             stack = outcome.contribution if stacked else None
             return (total, moments), (outcome.metrics, stack, outcome.control, outcome.bit)
 
-        chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), cohort)
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), (*cohort, arrivals))
         zero = None if stacked else jax.tree.map(jnp.zeros_like, state.parameters)
+        if secure is not None:
+            zero = jnp.zeros(secure.dimension + quantile, jnp.uint32)
         start = (zero, diagnostics.start_spread(state.parameters) if spread else None)
         (total, moments), outcomes = jax.lax.scan(add_chunk, start, chunks)
         metrics, stack, controls, bits = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outcomes)
@@ -222,24 +169,44 @@ def make_round(
             devices = everywhere.count.shape[0]
             parts = [jax.tree.map(lambda leaf, device=d: leaf[device], everywhere) for d in range(devices)]
             moments = functools.reduce(diagnostics.merge_spread, parts)
+        votes = None
         if stacked:
-            stack, counts, norms = _gather((stack, cohort.counts, metrics.update_norm), axis_name)
-            usable = (counts > 0) & jnp.isfinite(norms)
+            stack, counts, norms, arrived = _gather(
+                (stack, cohort.counts, metrics.update_norm, metrics.arrived), axis_name
+            )
+            usable = arrived & jnp.isfinite(norms)
             if median:
                 bound = median_norm(norms, usable, otherwise=setting.clip_norm)
                 stack, _ = jax.vmap(clip_by_global_norm, in_axes=(0, None))(stack, bound)
             mean = rule(stack, counts, usable) if rule is not None else None
+            if voting is not None:
+                voters = jnp.where(arrivals, cohort.counts, 0)
+                own = _slots(cohort, axis_name)
+                errors = cast_votes(voting, state.parameters, stack, cohort.records, voters, own, usable)
+                mean, votes = combine_by_votes(stack, _gather(errors, axis_name), usable, voting)
             total = jax.tree.map(lambda leaf: leaf.sum(0), stack)
         else:
             mean = None
             total = total if axis_name is None else jax.lax.psum(total, axis_name)
+        bit_sum = jnp.sum(bits) if quantile and secure is None else None
+        if secure is not None and roster is not None:
+            steps = secure.unmask(total, roster, key=mask_key)
+            if quantile:
+                bit_sum, steps = steps[-1] / 2, steps[:-1]
+            total = ravel_pytree(state.parameters)[1](secure.restore(steps, bound))
+        elif bit_sum is not None and axis_name is not None:
+            bit_sum = jax.lax.psum(bit_sum, axis_name)
+        noise = state.noise
+        if mean is None and plan.correlated is not None:
+            mean, noise = mean_with_banded_noise(
+                total, noise, plan=plan, key=noise_key, clip_norm=bound, noise_multiplier=setting.noise_multiplier
+            )
         if mean is None:
             multiplier = setting.noise_multiplier
             multiplier = update_multiplier(multiplier, plan.bit_noise) if quantile else multiplier
             mean = mean_with_noise(total, plan=plan, key=noise_key, clip_norm=bound, noise_multiplier=multiplier)
         next_norm = None
-        if quantile:
-            bit_sum = jnp.sum(bits) if axis_name is None else jax.lax.psum(jnp.sum(bits), axis_name)
+        if bit_sum is not None:
             next_norm = quantile_update(
                 bound,
                 bit_sum,
@@ -255,8 +222,8 @@ def make_round(
         optimizer = server_optimizer(setting.server_rate)
         updates, server = optimizer.update(pseudo_gradient, state.server, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        after = RoundState(parameters, server, state.round + 1, controls, next_norm)
-        return after, RoundMetrics(metrics, moments, bound)
+        after = RoundState(parameters, server, state.round + 1, controls, next_norm, noise)
+        return after, RoundMetrics(metrics, moments, bound, votes)
 
     return round_body
 
@@ -266,6 +233,17 @@ def _gather(tree: Any, axis_name: str | None) -> Any:
     if axis_name is None:
         return tree
     return jax.lax.all_gather(tree, axis_name, tiled=True)
+
+
+def _slots(cohort: CohortRecords, axis_name: str | None) -> jax.Array:
+    """The numbers of this device's slots among those of all devices."""
+    own = jnp.arange(cohort.counts.shape[0])
+    return own if axis_name is None else own + jax.lax.axis_index(axis_name) * own.shape[0]
+
+
+def _stay(hospitals: jax.Array, dropout: float, *, key: jax.Array) -> jax.Array:
+    """Which hospitals are heard of, each by a draw of its own."""
+    return jax.vmap(lambda hospital: jax.random.uniform(jax.random.fold_in(key, hospital)) >= dropout)(hospitals)
 
 
 def _update_controls(old: Controls, found: Any, cohort: CohortRecords) -> Controls:

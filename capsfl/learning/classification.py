@@ -50,7 +50,11 @@ def make_classification_task(config: ClassificationConfig, *, seed: int) -> Task
             ),
         }
 
-    return make_task("classification", model, loss, scores)
+    def absolute_error(model: Any, batch: Any) -> jax.Array:
+        lengths = model(batch["image"]).lengths
+        return jnp.mean(jnp.abs(lengths - jax.nn.one_hot(batch["label"], lengths.shape[-1])), axis=-1)
+
+    return make_task("classification", model, loss, scores, absolute_error)
 
 
 def masked_slices(hu: np.ndarray, probability: np.ndarray, config: ClassificationConfig) -> np.ndarray:

@@ -65,7 +65,10 @@ def make_segmentation_task(config: SegmentationConfig, *, seed: int) -> Task:
             "accuracy": (jnp.sum(rows * (marked == truth)), jnp.sum(rows * jnp.ones_like(truth))),
         }
 
-    return make_task("segmentation", model, loss, scores)
+    def absolute_error(model: Any, batch: Any) -> jax.Array:
+        return jnp.mean(jnp.abs(model(batch["image"]).lengths - batch["truth"]), axis=(1, 2))
+
+    return make_task("segmentation", model, loss, scores, absolute_error)
 
 
 def cut_patches(patient: Patient, config: SegmentationConfig, *, seed: int) -> dict[str, np.ndarray]:

@@ -22,6 +22,8 @@ class Task:
             padded rows. A score of a hospital is the sum of numerators over the sum of denominators.
         parameters: initial weights, a pytree.
         merge: `parameters -> model`, for use after training.
+        absolute_error: `(parameters, batch) -> (batch,)`, the mean absolute error of each record, from 0 to 1
+            (Kumar et al. 2020, Eq 17); None where hospitals don't vote by it.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Task:
     scores: Callable[[Any, Batch, jax.Array], Scores]
     parameters: Any
     merge: Callable[[Any], nnx.Module]
+    absolute_error: Callable[[Any, Batch], jax.Array] | None = None
 
 
 def make_task(
@@ -36,6 +39,7 @@ def make_task(
     model: nnx.Module,
     loss: Callable[[Any, Batch], jax.Array],
     scores: Callable[[Any, Batch, jax.Array], Scores] | None = None,
+    absolute_error: Callable[[Any, Batch], jax.Array] | None = None,
 ) -> Task:
     """Splits an NNX model into the parts a jitted round needs.
 
@@ -44,6 +48,7 @@ def make_task(
         model: an NNX module whose trainable weights are `nnx.Param`; other state stays as it is.
         loss: `(model, batch) -> scalar`, mean over the batch.
         scores: `(model, batch, weight) -> {name: (numerator, denominator)}`; none by default.
+        absolute_error: `(model, batch) -> (batch,)`, the mean absolute error of each record, from 0 to 1.
 
     Raises:
         ValueError: the model has no `nnx.Param`, or holds batch statistics, which a round does not carry.
@@ -63,4 +68,8 @@ def make_task(
     def batch_scores(weights: Any, batch: Batch, weight: jax.Array) -> Scores:
         return scores(merge(weights), batch, weight) if scores else {}
 
-    return Task(name, batch_loss, batch_scores, parameters, merge)
+    def batch_error(weights: Any, batch: Batch) -> jax.Array:
+        assert absolute_error is not None
+        return absolute_error(merge(weights), batch)
+
+    return Task(name, batch_loss, batch_scores, parameters, merge, batch_error if absolute_error else None)

@@ -44,3 +44,11 @@ def test_selected_hospitals_keep_their_records_and_the_common_capacity():
 def test_records_that_do_not_fit_are_refused_by_name(records, message):
     with pytest.raises(ValueError, match=message):
         stack_hospitals(records)
+
+
+def test_a_cohort_has_the_records_of_who_takes_part_and_zeros_for_the_others():
+    hospitals = stack_hospitals({n: {"x": np.full((2, 1), i + 1.0)} for i, n in enumerate("abc")})
+    found = hospitals.take(np.array([2, 0, 2]), np.array([True, False, True]))
+    assert found["x"][:, :, 0].tolist() == [[3, 3], [0, 0], [3, 3]]
+    assert hospitals.records["x"][0].all(), "the hospital itself keeps its records"
+    assert hospitals.take(np.array([1]))["x"].tolist() == [[[2], [2]]]

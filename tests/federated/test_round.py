@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from capsfl.federated.aggregation import AggregationConfig
 from capsfl.federated.devices import DevicesConfig
 from capsfl.federated.federate import federate
 from capsfl.federated.federation import Federation, RoundsConfig
@@ -25,7 +26,7 @@ def federation(task, records, *, privacy=None, devices=None, rounds=None, seed=0
         stack_hospitals(records),
         config=rounds or RoundsConfig(local=LOCAL),
         privacy=privacy or PrivacyConfig(clip_norm=100.0),
-        devices=devices or DevicesConfig(),
+        devices=devices or DevicesConfig(chunk=1),
         seed=seed,
     )
 
@@ -110,6 +111,30 @@ def test_an_empty_poisson_cohort_leaves_the_model_where_it_was(task, records):
     assert max(seen) > 0
 
 
+def test_a_secure_run_over_poisson_cohorts_with_dropouts_is_the_plain_one_and_names_who_is_missing(task, records):
+    def run(secure: bool):
+        aggregation = AggregationConfig(secure=secure, secure_neighbours=2 if secure else None, dropout=0.4)
+        engine = federation(
+            task,
+            records,
+            privacy=PrivacyConfig(sampler="poisson", cohort=3, clip_norm=0.5, noise_multiplier=0.1),
+            rounds=RoundsConfig(local=LOCAL, aggregation=aggregation),
+        )
+        state, reports = engine.init(), []
+        for _ in range(4):
+            state, report = engine.step(state)
+            reports.append((report.cohort, report.dropped))
+        return flat(state.parameters), reports
+
+    plain, named = run(secure=False)
+    masked, same = run(secure=True)
+    assert same == named
+    assert any(dropped for _, dropped in named)
+    assert all(set(dropped) <= set(cohort) for cohort, dropped in named)
+    np.testing.assert_allclose(masked, plain, atol=1e-4)
+    assert not np.array_equal(masked, plain)
+
+
 def test_fixed_cohorts_have_their_size_and_vary(task, records):
     engine = federation(task, records, privacy=PrivacyConfig(sampler="fixed", cohort=2, clip_norm=1.0))
     state, cohorts = engine.init(), set()
@@ -152,7 +177,7 @@ def test_a_full_pass_reads_every_record_exactly_once_when_batches_divide(records
 
 def test_scores_count_real_records_only(task, records):
     engine = federation(task, records)
-    scores = engine.evaluate(task.parameters, engine.hospitals, batch_size=7)
+    scores = engine.evaluate(task.parameters, stack_hospitals(records), batch_size=7)
     model = task.merge(task.parameters)
     for name, rows in records.items():
         expected = float(jnp.mean((model(rows["x"]) - rows["y"]) ** 2))

@@ -19,7 +19,7 @@ CLIP = 1e6
 LOCAL = LocalConfig(optimizer="sgd", learning_rate=1.0, batch_size=4)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def line():
     """A loss linear in the weights: with learning rate 1 the update of a hospital is minus its mean record."""
 
@@ -30,27 +30,42 @@ def line():
     return make_task("line", Line(), lambda model, batch: -jnp.mean(batch @ model.weights[...]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def truth():
     return np.random.default_rng(0).normal(1.0, 0.1, (7, 3)).astype(np.float32)
 
 
+def hospitals_of(rows):
+    """One hospital a row, which is each of its four records."""
+    return stack_hospitals({f"h{i}": np.broadcast_to(row, (4, *np.shape(row))).copy() for i, row in enumerate(rows)})
+
+
 def engine(task, rows, *, rounds, privacy=None, chunk=None):
-    records = {f"h{i}": np.broadcast_to(row, (4, *np.shape(row))).copy() for i, row in enumerate(rows)}
     return Federation(
         task,
-        stack_hospitals(records),
+        hospitals_of(rows),
         config=rounds,
         privacy=privacy or PrivacyConfig(clip_norm=CLIP),
-        devices=DevicesConfig(chunk=chunk),
+        devices=DevicesConfig(chunk=chunk or 1),
     )
 
 
-def released(task, rows, rule, **options):
-    rounds = RoundsConfig(local=LOCAL, aggregation=AggregationConfig(rule=rule, **options))
-    federation = engine(task, rows, rounds=rounds)
-    state, _ = federation.step(federation.init())
-    return np.asarray(jax.tree.leaves(state.parameters)[0])
+@pytest.fixture(scope="module")
+def release(line):
+    """`(rows, rule, clip_norm, **options) -> weights and report` of a round, each rule compiled once."""
+    engines = {}
+
+    def run(rows, rule, *, clip_norm=CLIP, **options):
+        name = (rule, clip_norm, *options.items())
+        if name not in engines:
+            rounds = RoundsConfig(local=LOCAL, aggregation=AggregationConfig(rule=rule, **options))
+            engines[name] = engine(line, rows, rounds=rounds, privacy=PrivacyConfig(clip_norm=clip_norm))
+        federation = engines[name]
+        federation.hospitals, federation._placed = hospitals_of(rows), None
+        state, report = federation.step(federation.init())
+        return np.asarray(jax.tree.leaves(state.parameters)[0]), report
+
+    return run
 
 
 RULES = [
@@ -63,19 +78,34 @@ RULES = [
 
 @pytest.mark.parametrize(("rule", "options"), RULES)
 @pytest.mark.parametrize("lie", [-1.0, 1e6, np.nan])
-def test_two_liars_among_seven_move_a_robust_rule_no_further_than_the_honest_spread(line, truth, rule, options, lie):
+def test_two_liars_among_seven_move_a_robust_rule_no_further_than_the_honest_spread(release, truth, rule, options, lie):
     lied = truth.copy()
     lied[[1, 4]] *= np.float32(lie)
     honest = np.delete(truth, [1, 4], axis=0)
-    found = released(line, lied, rule, **options)
+    found, report = release(lied, rule, **options)
     assert (found >= honest.min(0) - 1e-6).all()
     assert (found <= honest.max(0) + 1e-6).all()
+    assert report.not_finite == (("h1", "h4") if np.isnan(lie) else ())
 
 
-def test_two_liars_move_the_mean(line, truth):
+def test_two_liars_move_the_mean(release, truth):
     lied = truth.copy()
     lied[[1, 4]] *= -1
-    assert (released(line, lied, "mean") < truth.min(0)).all()
+    assert (release(lied, "mean")[0] < truth.min(0)).all()
+
+
+@pytest.mark.parametrize("lie", [-1.0, 1e6, -1e6, np.nan, np.inf])
+def test_two_liars_move_the_mean_by_at_most_what_clipping_leaves_them(release, truth, lie):
+    clip = 0.5
+    lied = truth.copy()
+    lied[[1, 4]] *= np.float32(lie)
+    honest, _ = release(truth, "mean", clip_norm=clip)
+    found, report = release(lied, "mean", clip_norm=clip)
+    finite = bool(np.isfinite(lie))
+    # A liar swaps an update of norm S for another one, or for none.
+    assert np.linalg.norm(found - honest) <= 2 * (2 if finite else 1) * clip / 7 * (1 + 1e-5)
+    assert report.not_finite == (() if finite else ("h1", "h4"))
+    assert set(report.cohort) == {f"h{i}" for i in range(7)}
 
 
 def test_the_weighted_mean_weighs_by_records(line):

@@ -8,8 +8,15 @@ import jax
 import numpy as np
 import pytest
 
+from capsfl.federated.devices import DevicesConfig
+from capsfl.federated.federate import federate
+from capsfl.federated.federation import Federation, RoundsConfig
 from capsfl.federated.hospitals import Hospitals, stack_hospitals
-from capsfl.federated.stored import HospitalStoreError, open_hospitals_store, write_hospitals_store
+from capsfl.federated.local import LocalConfig
+from capsfl.federated.store_format import HospitalStoreError
+from capsfl.federated.store_writer import rewrite_hospitals_store, write_hospitals_store
+from capsfl.federated.stored import open_hospitals_store
+from capsfl.privacy.plan import PrivacyConfig
 
 
 def draw(counts: list[int], size: int = 3) -> dict:
@@ -30,7 +37,7 @@ RECORDS = draw(COUNTS)
 
 @pytest.fixture(params=[False, True], ids=["one file a hospital", "shared files"])
 def store(request, tmp_path: Path, monkeypatch) -> Path:
-    monkeypatch.setattr("capsfl.federated.stored.SHARD_HOSPITALS", 2 if request.param else 1)
+    monkeypatch.setattr("capsfl.federated.store_writer.SHARD_HOSPITALS", 2 if request.param else 1)
     write_hospitals_store(tmp_path / "store", RECORDS.items(), capacity=5)
     return tmp_path / "store"
 
@@ -111,7 +118,7 @@ def test_a_harmed_hospital_is_named_and_the_others_are_read(store, harm, ahead):
 
 
 def test_reading_one_hospital_does_not_read_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr("capsfl.federated.stored.SHARD_HOSPITALS", 1)
+    monkeypatch.setattr("capsfl.federated.store_writer.SHARD_HOSPITALS", 1)
     write_hospitals_store(tmp_path, RECORDS.items(), capacity=5)
     hospitals = open_hospitals_store(tmp_path)
     for path in tmp_path.glob("leaves/*/c/*"):
@@ -215,3 +222,62 @@ def test_many_hospitals_open_at_once(tmp_path):
     assert time.process_time() - start < 1
     assert len(hospitals) == 100_000
     assert hospitals.take(np.array([99_999]))["x"].tolist() == [[[1.0]]]
+
+
+ROUNDS = RoundsConfig(rounds=4, local=LocalConfig(optimizer="sgd", learning_rate=0.1, batch_size=8))
+PRIVACY = PrivacyConfig(sampler="poisson", cohort=2, clip_norm=1.0, noise_multiplier=0.5)
+
+
+def test_training_from_disk_is_bit_identical_and_reads_each_cohort_while_the_last_one_trains(
+    tmp_path, task, net, records, monkeypatch
+):
+    write_hospitals_store(tmp_path, records.items(), capacity=max(len(rows["y"]) for rows in records.values()))
+    stored = open_hospitals_store(tmp_path)
+    log: list[tuple[str, bytes]] = []
+    take, prefetch, start = stored.take, stored.prefetch, stored._start
+
+    def logged(name, method):
+        def call(indices, mask=None):
+            log.append((name, indices[mask].tobytes()))
+            return method(indices, mask)
+
+        return call
+
+    for name, method in (("take", take), ("prefetch", prefetch), ("_start", start)):
+        monkeypatch.setattr(stored, name, logged(name, method))
+    # L = 2, so that slots are laid out by size and one stays empty.
+    devices = DevicesConfig(chunk=2)
+    memory = Federation(task, stack_hospitals(records), config=ROUNDS, privacy=PRIVACY, devices=devices, seed=5)
+    disk = Federation(task, stored, config=ROUNDS, privacy=PRIVACY, devices=devices, seed=5)
+    one, other = memory.init(), disk.init()
+    cohorts = []
+    for _ in range(ROUNDS.rounds):
+        one, expected = memory.step(one)
+        other, report = disk.step(other)
+        assert report == expected
+        cohorts.append(report.cohort)
+        for leaf, same in zip(jax.tree.leaves(other), jax.tree.leaves(one), strict=True):
+            assert np.asarray(leaf).tobytes() == np.asarray(same).tobytes()
+    assert len(set(cohorts)) == len(cohorts) > 1, "another seed: the cohorts must differ for the log to show anything"
+    names = [name for name, _ in log]
+    assert names == ["take", "_start", *["prefetch", "_start", "take"] * (ROUNDS.rounds - 1)], "read once, one ahead"
+    assert all(log[place] == ("take", what) for place, (name, what) in enumerate(log, 2) if name == "prefetch")
+
+
+def test_anybodys_hospitals_can_lie_in_a_store(tmp_path, net, records):
+    def squared_error(model, batch):
+        return ((model(batch["x"]) - batch["y"]) ** 2).mean()
+
+    hospitals = stack_hospitals(records)
+    (tmp_path / "left by an earlier start").mkdir()
+    rewrite_hospitals_store(tmp_path, hospitals)
+    stored = open_hospitals_store(tmp_path)
+    assert (tuple(stored.names), stored.capacity) == (hospitals.names, hospitals.capacity)
+    result = federate(net, squared_error, stored, rounds=RoundsConfig(rounds=1, local=ROUNDS.local), privacy=PRIVACY)
+    assert len(result.history) == 1
+
+
+def test_control_variates_of_stored_hospitals_are_refused_by_name(store, task):
+    stored = open_hospitals_store(store)
+    with pytest.raises(ValueError, match="scaffold = true: keeps a copy of the model for each of 5 hospitals"):
+        Federation(task, stored, config=RoundsConfig(scaffold=True), privacy=PrivacyConfig(clip_norm=1.0))
