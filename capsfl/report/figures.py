@@ -144,11 +144,11 @@ def curves(
         unit_interval: whether the quantity lies in [0, 1] and the axis must show all of it.
     """
     with style():
-        figure, axes = _canvas(258, 176)
+        figure, axes = canvas(258, 176)
         draw_curves(axes, series, colours=colours, overall=overall, unit_interval=unit_interval)
         axes.set_title(title)
         axes.set_xlabel("round")
-        return _svg(figure, f"{title} per round")
+        return svg(figure, f"{title} per round")
 
 
 def draw_curves(
@@ -182,9 +182,9 @@ def draw_curves(
 def roc(lines: Sequence[RocCurve]) -> str:
     """Draw receiver operating characteristics over the diagonal of chance, the first one strongest."""
     with style():
-        figure, axes = _canvas(252, 252)
+        figure, axes = canvas(252, 252)
         draw_roc(axes, lines)
-        return _svg(figure, "Receiver operating characteristic")
+        return svg(figure, "Receiver operating characteristic")
 
 
 def draw_roc(axes: Axes, lines: Sequence[RocCurve]) -> None:
@@ -213,10 +213,10 @@ def draw_roc(axes: Axes, lines: Sequence[RocCurve]) -> None:
 def forest(rows: Sequence[Estimate], *, quantity: str, reference: float | None = None) -> str:
     """Draw a comparison from top to bottom: a dot a row, its interval, a dashed line at `reference`."""
     with style():
-        figure, axes = _canvas(288, 40 + 19 * len(rows))
+        figure, axes = canvas(288, 40 + 19 * len(rows))
         draw_forest(axes, rows, reference=reference)
         axes.set_xlabel(quantity)
-        return _svg(figure, f"{quantity} of every arm and control")
+        return svg(figure, f"{quantity} of every arm and control")
 
 
 def draw_forest(axes: Axes, rows: Sequence[Estimate], *, reference: float | None = None) -> None:
@@ -242,7 +242,7 @@ def draw_forest(axes: Axes, rows: Sequence[Estimate], *, reference: float | None
 def strip(groups: Sequence[Scores], *, threshold: float | None) -> str:
     """Draw every patient's score by hospital: filled dots are positive patients, open ones negative."""
     with style():
-        figure, axes = _canvas(max(258, 60 + 66 * len(groups)), 252)
+        figure, axes = canvas(max(258, 60 + 66 * len(groups)), 252)
         for place, group in enumerate(groups):
             for scores, offset, colour, fill in (
                 (group.negatives, -0.19, LIGHT["negative"], "none"),
@@ -267,13 +267,13 @@ def strip(groups: Sequence[Scores], *, threshold: float | None) -> str:
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_ylabel("score")
         axes.grid(visible=False, axis="x")
-        return _svg(figure, "Score of every patient by hospital")
+        return svg(figure, "Score of every patient by hospital")
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float]]], *, quantity: str, colours: Sequence[str]) -> str:
     """Draw horizontal bars, one for each value of a row, in the order of `colours`."""
     with style():
-        figure, axes = _canvas(288, 40 + 20 * len(rows))
+        figure, axes = canvas(288, 40 + 20 * len(rows))
         thickness = 0.62 / max(1, len(colours))
         for place, (_, values) in enumerate(rows):
             for index, value in enumerate(values):
@@ -295,10 +295,11 @@ def bars(rows: Sequence[tuple[str, Sequence[float]]], *, quantity: str, colours:
         axes.set_xlabel(quantity)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        return _svg(figure, quantity)
+        return svg(figure, quantity)
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many points, and its axes."""
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     return figure, figure.subplots()
 
@@ -329,7 +330,7 @@ def _significant(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg(figure: Figure, label: str) -> str:
     """The figure as an `<svg>` element: no prologue, no metadata, no addresses, no fixed size, no colours."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})

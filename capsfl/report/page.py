@@ -8,7 +8,6 @@ they are, and those escape their own labels.
 import itertools
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from capsfl.report.tables import (
     overall_series,
     roc_curves,
 )
+from capsfl.workers import is_running
 
 MAX_OVERLAYS = 6
 MAX_OVERLAY_BYTES = 3_000_000
@@ -79,7 +79,7 @@ def build_page(study_folder: Path) -> Path:
     study = read_study(Path(study_folder))
     comparisons = {task: compare(study, task) for task in TASKS}
     page = (
-        _environment()
+        environment()
         .get_template("template.html.j2")
         .render(
             study=study,
@@ -98,13 +98,13 @@ def build_page(study_folder: Path) -> Path:
             training=_training(study),
             runtime=_runtime(study),
             ledgers=_ledgers(study),
-            configuration=_flatten(record_at(study.record, "configuration")),
+            configuration=flatten(record_at(study.record, "configuration")),
         )
     )
-    return _write(study.folder / "report.html", _distinct_names(page))
+    return write_whole(study.folder / "report.html", distinct_names(page))
 
 
-def _distinct_names(page: str) -> str:
+def distinct_names(page: str) -> str:
     """Give each chart's clip paths and markers a name of their own: two equal charts would share theirs."""
     count = itertools.count()
 
@@ -115,31 +115,35 @@ def _distinct_names(page: str) -> str:
     return re.sub(r'<svg class="chart".*?</svg>', rename, page, flags=re.DOTALL)
 
 
-def _write(path: Path, page: str) -> Path:
+def write_whole(path: Path, page: str) -> Path:
+    """Writes a page beside its place and renames it."""
     # A name in the data may hold a lone surrogate, which no encoding can carry.
     contents = page.encode(errors="replace")
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".report-", suffix=".partial")
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        if not is_running(int(left.suffixes[-2][1:])):
+            left.unlink(missing_ok=True)  # by a process that was killed
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with partial.open("wb") as file:
             file.write(contents)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     return path
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates of this package, with the formats of numbers as filters."""
+    templates = Environment(
         loader=PackageLoader("capsfl.report", "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    templates.filters |= {
         "decimals": decimals,
         "signed": signed,
         "significant": significant,
@@ -149,7 +153,7 @@ def _environment() -> Environment:
         "interval": interval,
         "count": lambda value: decimals(value, 0),
     }
-    return environment
+    return templates
 
 
 def _progress(study: Study) -> str:
@@ -326,6 +330,7 @@ def _privacy(study: Study) -> dict[str, Any]:
     return {
         "arm": arm.name if arm else "",
         "record": privacy,
+        "patients": rows_at(privacy, "patients"),
         "tier": _epsilon_words(number_at(privacy, "epsilon"))[1],
         "curve": Markup(figures.curves(spending, title="ε spent", colours=colours)) if spending else Markup(),
         "legend": [(name, colours[name], points[-1][1]) for name, points in spending.items()],
@@ -443,13 +448,13 @@ def _tone(status: str) -> str:
     return "warn" if word in {"unverifiable", "warning", "warn", "skipped"} else "bad"
 
 
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flatten(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Dotted names and values of a nested configuration."""
     rows = []
     for key, value in section.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            rows.extend(_flatten(value, f"{name}."))
+            rows.extend(flatten(value, f"{name}."))
         elif isinstance(value, list):
             rows.append((name, ", ".join(str(each) for each in value)))
         else:

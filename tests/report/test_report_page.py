@@ -180,6 +180,18 @@ def test_equal_folders_give_equal_pages(tmp_path: Path, write_study: WriteStudy)
     assert pages[0] == pages[1]
 
 
+def test_a_page_that_a_killed_process_left_half_written_goes_with_the_next_one(
+    tmp_path: Path, write_study: WriteStudy
+) -> None:
+    folder = write_study(tmp_path / "demo")
+    dead, alive = (folder / f".report.html.{number}.partial" for number in (999999999, os.getppid()))
+    dead.touch()
+    alive.touch()
+    build_page(folder)
+    assert not dead.exists()
+    assert alive.exists(), "another process may still be writing it"
+
+
 def drop(*names: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         for name in names:

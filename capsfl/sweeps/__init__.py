@@ -1,0 +1,1 @@
+"""Privacy/utility sweeps: many studies of one task in one compiled program."""

@@ -1,0 +1,139 @@
+"""Problems of a sweep: MNIST read as it is, dealt out as described; images of our own the same every time."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capsfl.sweeps.classifier import ImageModelConfig, make_image_task
+from capsfl.sweeps.mnist import FILES, read_mnist, split_over_hospitals
+from capsfl.sweeps.problems import MnistProblem, SyntheticProblem, build
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    data = header + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    """40 training and 20 test images, the training images gzipped."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    labels = np.arange(40, dtype=np.uint8) % 10
+    write_idx(tmp_path / f"{FILES['train'][0]}.gz", images)
+    write_idx(tmp_path / FILES["train"][1], labels)
+    write_idx(tmp_path / FILES["test"][0], images[:20])
+    write_idx(tmp_path / FILES["test"][1], labels[:20])
+    return tmp_path, images, labels
+
+
+def test_mnist_is_read_as_it_was_written(digits):
+    folder, images, labels = digits
+    train, test = read_mnist(folder)
+    np.testing.assert_allclose(train["image"][..., 0], images / 255, atol=1e-6)
+    np.testing.assert_array_equal(train["label"], labels)
+    assert test["image"].shape == (20, 28, 28, 1)
+    pooled, _ = read_mnist(folder, pool=4)
+    assert pooled["image"].shape == (40, 7, 7, 1)
+    assert pooled["image"][3, 1, 2, 0] == pytest.approx(images[3, 4:8, 8:12].mean() / 255, abs=1e-6)
+
+
+def test_real_mnist_has_its_known_first_digits(shared_data):
+    if not (shared_data / "mnist").is_dir():
+        pytest.skip("no MNIST there")
+    train, validation = read_mnist(shared_data / "mnist", scored_on="validation")
+    assert train["label"][:8].tolist() == [5, 0, 4, 1, 9, 2, 1, 3]
+    assert (len(train["label"]), len(validation["label"])) == (50_000, 10_000)
+    assert train["image"].mean() == pytest.approx(0.1307, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / FILES["train"][1]).unlink(), "no train-labels-idx1-ubyte or train-labels"),
+        (lambda folder: (folder / FILES["train"][1]).write_bytes(b"\0\0\x08\1\0\0\0\x09abc"), "not an IDX file"),
+        (lambda folder: (folder / FILES["train"][1]).write_bytes(b""), "not an IDX file"),
+        (lambda folder: (folder / f"{FILES['train'][0]}.gz").write_bytes(b"no gzip"), "unreadable"),
+        (lambda folder: write_idx(folder / FILES["train"][1], np.zeros(3, np.uint8)), "40 images and 3 labels"),
+    ],
+)
+def test_a_damaged_file_is_named(digits, break_it, message):
+    folder = digits[0]
+    break_it(folder)
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_mnist(folder)
+    assert str(folder) in str(refusal.value)
+
+
+@given(
+    hospitals=st.integers(1, 20),
+    shards=st.none() | st.integers(1, 4),
+    rows=st.integers(80, 200),
+    seed=st.integers(0, 99),
+)
+def test_every_image_goes_to_one_hospital(hospitals, shards, rows, seed):
+    labels = np.random.default_rng(seed).integers(0, 10, rows)
+    shares = split_over_hospitals(labels, hospitals=hospitals, shards=shards, most=None, seed=seed)
+    assert len(shares) == hospitals
+    assert sorted(np.concatenate(shares).tolist()) == list(range(rows))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= (shards or 1)
+
+
+def test_shards_hold_few_digits_and_an_even_deal_holds_many():
+    labels = np.repeat(np.arange(10), 100)
+    kinds = {}
+    for name, shards in (("shards", 2), ("iid", None)):
+        shares = split_over_hospitals(labels, hospitals=50, shards=shards, most=None, seed=1)
+        kinds[name] = np.mean([len(set(labels[share])) for share in shares])
+    assert kinds["shards"] <= 2
+    assert kinds["iid"] > 7
+
+
+def test_more_shards_than_images_are_refused():
+    with pytest.raises(ValueError, match=r"problem.hospitals = 30: 60 shards of 50 images"):
+        split_over_hospitals(np.zeros(50, int), hospitals=30, shards=2, most=None, seed=0)
+
+
+def test_mnist_over_hospitals_is_a_problem(digits):
+    folder = digits[0]
+    built = build(MnistProblem(folder=str(folder), hospitals=4, records=7, scored_on="test"))
+    assert len(built.hospitals) == 4
+    assert built.hospitals.counts.max() <= 7
+    assert built.held_out.names == ("test",)
+    assert built.utility == "accuracy"
+
+
+def test_synthetic_images_are_the_same_for_every_study_and_weights_are_the_seed_s():
+    problem = SyntheticProblem(hospitals=3, records=4, side=6)
+    other = problem.model_copy(update={"model": ImageModelConfig(hidden=(5,))})
+    built = build(problem)
+    np.testing.assert_array_equal(built.hospitals.records["image"], build(other).hospitals.records["image"])
+
+    def flat(seed: int) -> np.ndarray:
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(built.make_task(seed).parameters)])
+
+    np.testing.assert_array_equal(flat(1), flat(1))
+    assert not np.array_equal(flat(1), flat(2))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "capsnet"])
+@pytest.mark.parametrize("side", [8, 28])
+def test_every_network_scores_images_of_every_size(kind, side):
+    task = make_image_task(ImageModelConfig(kind=kind, capsules=2), side=side, classes=10, seed=0)
+    batch = {"image": np.ones((3, side, side, 1), np.float32), "label": np.arange(3, dtype=np.int32)}
+    shapes = jax.eval_shape(task.scores, task.parameters, batch, np.ones(3, np.float32))
+    assert shapes.keys() == {"accuracy", "held_out_loss"}
+    assert jax.eval_shape(task.loss, task.parameters, batch).shape == ()
+
+
+def test_a_network_that_pools_the_image_away_is_refused():
+    with pytest.raises(ValueError, match=r"problem.model.channels = \[1, 2, 3, 4\]: pools the image away"):
+        make_image_task(ImageModelConfig(kind="cnn", channels=(1, 2, 3, 4)), side=8, classes=2, seed=0)
