@@ -54,7 +54,7 @@ def test_without_a_name_it_lists_what_there_is(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("ruoting",), "capsfl bench: unknown benchmark 'ruoting'; one of routing, segcaps"),
+        (("ruoting",), f"capsfl bench: unknown benchmark 'ruoting'; one of {', '.join(BENCHMARKS)}"),
         (("routing", "--quick"), "out: there is no benchmarks/results here; give --out FOLDER for the results"),
         (("segcaps", "--quick"), "out: there is no benchmarks/results here; give --out FOLDER for the results"),
         (("routing", "--out", "x", "--threads", "0"), "threads = 0: must be at least 1"),

@@ -1,12 +1,15 @@
 """The scale benchmark: its network, its points in processes of their own, its refusals."""
 
 import json
+import sys
+import threading
 
 import jax
 import pytest
 
 from capsfl.bench import scale
-from capsfl.bench.machine import write_result
+from capsfl.bench.page import write_page
+from capsfl.cli import main
 
 
 def test_the_network_has_the_weights_of_the_shared_problem():
@@ -15,16 +18,19 @@ def test_the_network_has_the_weights_of_the_shared_problem():
 
 def test_flatness_compares_points_that_differ_in_one_thing():
     def row(population: int, cohort: int, temporary: int, peak: int) -> dict:
-        figures = {"temporary_bytes": temporary, "peak_rss_bytes": peak, "rss_growth_bytes": peak}
+        figures = {"temporary_bytes": temporary, "peak_bytes": peak}
         return {"population": population, "cohort": cohort, **figures}
 
-    found = scale.flatness([row(10, 2, 100, 50), row(20, 2, 100, 60), row(20, 4, 105, 90)])
-    assert found["cohort"]["population"] == 20
+    found = scale.flatness([row(10, 2, 100, 50), row(20, 2, 100, 60), row(20, 4, 105, 54), row(20, 8, 105, 54)])
+    assert (found["cohort"]["population"], found["cohort"]["points"]) == (20, [2, 4, 8])
     assert found["cohort"]["temporary_bytes"] == pytest.approx(1.05)
-    assert found["cohort"]["flat"]
-    assert found["population"]["cohort"] == 2
-    assert found["population"]["peak_rss_bytes"] == pytest.approx(1.2)
+    assert not found["cohort"]["flat"], "60 is more than 1.1 times 54"
+    assert (found["population"]["cohort"], found["population"]["points"]) == (2, [10, 20])
+    assert found["population"]["peak_bytes"] == pytest.approx(1.2)
     assert not found["population"]["flat"]
+    steady = scale.flatness([row(10, 2, 100, 50), row(20, 2, 100, 54)])
+    assert steady["population"]["flat"]
+    assert not scale.flatness([row(10, 2, 100, 50), row(20, 2, 120, 50)])["population"]["flat"]
 
 
 @pytest.mark.parametrize("name", ["chunk", "rounds"])
@@ -39,15 +45,27 @@ def test_a_point_that_fails_says_which_and_why(tmp_path):
 
 
 @pytest.mark.journey
-def test_a_quick_run_measures_every_point_and_is_json(tmp_path):
-    said: list[str] = []
-    result = scale.measure(scale.ScaleBench(quick=True, rounds=2), say=said.append)
-    assert json.loads(write_result(tmp_path, result).read_text()) == json.loads(json.dumps(result))
+def test_a_quick_run_measures_every_point_and_goes_onto_the_page(tmp_path, capsys, monkeypatch):
+    # `main` sets these for its process, which is ours here.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "scale", "--quick", "--rounds", "2", "--out", str(tmp_path / "results"), "--json"])
+    captured = capsys.readouterr()
+    assert exit_.value.code in (0, None), captured.err
+    result = json.loads(captured.out)
+    assert json.loads((tmp_path / "results" / "scale-cpu.json").read_text()) == result
     assert [(row["population"], row["cohort"]) for row in result["rows"]] == [(20, 4), (40, 2), (40, 4)]
-    assert len(said) == 3
+    assert len(captured.err.splitlines()) == 3
     for row in result["rows"]:
         assert row["wall_s"]["median"] > 0
         assert row["process_cpu_s"]["median"] > 0
         records = row["cohort"] * scale.RECORDS * (scale.SIDE**2 + 4)
         assert row["argument_bytes"] >= 4 * row["parameters"] + records
-        assert row["peak_rss_bytes"] > row["rss_growth_bytes"] > 0
+        assert row["peak_bytes"] is None or row["peak_bytes"] > row["temporary_bytes"] > 0
+    assert result["flatness"]["cohort"]["temporary_bytes"] <= 1.1, "temporaries grow with L, not with the cohort"
+    page = write_page(tmp_path / "results")
+    assert "## Rounds over hospitals on disk" in page
+    for row in result["rows"]:
+        assert f"| {row['population']} | {row['cohort']} | " in page

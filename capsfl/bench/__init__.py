@@ -5,5 +5,9 @@ The operator benchmark needs jax and numpy alone, so that it runs on an accelera
 
 BENCHMARKS = {
     "routing": "every capsule operator: time, memory, part of the device's roof; torch beside it",
+    "rounds": "one round of 100 hospitals: every chunk L; torch, pfl, FedJAX and Flower beside it",
+    "scale": "rounds over 1e2 to 1e5 hospitals on disk: time and memory against cohort and population",
     "segcaps": "one training step of SegCaps R3 with reconstruction; data-parallel forms agree",
+    "sweep": "64 studies as one program, against 64 processes and 64 calls of one compiled program",
+    "geyer": "MNIST over 100, 1,000 and 10,000 hospitals at epsilon 8, after Geyer et al. 2017",
 }
