@@ -2,10 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from math import isclose
 from pathlib import Path
 from typing import Any
 
-from capsfl.checkpoint import read_parameters, tensor_leaves
+import numpy as np
+
+from capsfl.checkpoint import CheckpointError, read_clip_norm, read_parameters, tensor_leaves
 from capsfl.config import ArmConfig, StudyConfig
 from capsfl.ledger.block import SignedHead
 from capsfl.ledger.canonical import decimal
@@ -14,6 +18,8 @@ from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.log import survey
 from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord
 from capsfl.ledger.verify import Finding, Status, verify
+from capsfl.privacy.events import PrivacyError
+from capsfl.privacy.patient_plan import PatientLoss, Stage
 from capsfl.privacy.plan import PrivacyPlan
 from capsfl.study import load_study_config, study_hospitals
 
@@ -50,9 +56,18 @@ def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head:
         records = [record for block in history.blocks for record in block.records]
     except LedgerError:
         records = []  # `verify` says what is wrong with it
-    holders = sum(isinstance(record, Registration) for record in records)
-    order = [(record.task, record.round) for record in records if isinstance(record, RoundRecord)]
-    plan = PrivacyPlan.build(config.privacy, num_hospitals=holders) if holders else None
+    holders = max(1, sum(isinstance(record, Registration) for record in records))
+    if config.places is not None and config.arms[0].partition == "hospitals":
+        holders = config.places
+    rounds = [record for record in records if isinstance(record, RoundRecord)]
+    order = [(record.task, record.round) for record in rounds]
+    plan, mechanism = None, []
+    if rounds:
+        try:
+            plan = plan_of_records(rounds, config, holders=holders)
+            mechanism = check_mechanism(folder, records, plan)
+        except PrivacyError as error:
+            mechanism = [Finding("mechanism", Status.FAILED, detail=f"the records fit no plan: {error}")]
 
     def recompute_leaves(record: RoundRecord) -> Mapping[str, str] | None:
         parameters = read_parameters(folder / "checkpoints" / record.task, record.round)
@@ -70,7 +85,78 @@ def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head:
         configuration_hash=config.digest(),
         witness_head=witness_head,
     )
-    return findings + _check_identity(records, chain_id) + _check_coverage(folder, order)
+    return findings + mechanism + _check_identity(records, chain_id) + _check_coverage(folder, order)
+
+
+def plan_of_records(rounds: Sequence[RoundRecord], config: StudyConfig, *, holders: int) -> PrivacyPlan:
+    """Returns the plan that a run's ledger says it followed.
+
+    Args:
+        rounds: its records, in the order of the chain; where patients are the unit they say how many there are.
+        config: the arm's own configuration.
+        holders: registered holders of records.
+
+    Raises:
+        PrivacyError: no run of that configuration could have written these records.
+    """
+    stages = []
+    for task in ("segmentation", "classification"):
+        stage = getattr(config, task)
+        record = next((record for record in rounds if record.task == task), None)
+        patients = () if record is None else tuple((name, count) for name, count, _ in record.patients or ())
+        if stage is not None and (patients or config.privacy.unit == "hospital"):
+            stages.append(Stage(task, stage.rounds, stage.local.epochs, patients))
+    return PrivacyPlan.build(config.privacy, num_hospitals=holders, stages=stages)
+
+
+def check_mechanism(folder: Path, records: Sequence[Record], plan: PrivacyPlan) -> list[Finding]:
+    """Tells whether every round names the mechanism of the configuration, at the clip norm it had come to."""
+    config, findings = plan.config, []
+    registered = {record.name: record.records for record in records if isinstance(record, Registration)}
+    rounds = [record for record in records if isinstance(record, RoundRecord)]
+    for spent, record in enumerate(rounds, start=1):
+        expected: dict[str, Any] = {
+            "sampler": config.sampler,
+            "noise_multiplier": decimal(config.noise_multiplier),
+            "expected_cohort": decimal(plan.expected_cohort),
+            "delta": decimal(plan.delta),
+        }
+        if config.clipping == "fixed":
+            expected["clip_norm"] = decimal(config.clip_norm)
+        elif config.clipping == "quantile" and record.round == 1:
+            expected["clip_norm"] = decimal(float(np.float32(config.clip_norm)))
+        elif config.clipping == "quantile":
+            # The state of the round before holds the norm that this round clips to.
+            with suppress(CheckpointError):  # reported by the check of its tensors
+                before = read_clip_norm(folder / "checkpoints" / record.task, record.round - 1)
+                expected |= {} if before is None else {"clip_norm": decimal(before)}
+        wrong = next((name for name, value in expected.items() if getattr(record, name) != value), None)
+        detail = "as configured"
+        if wrong is not None:
+            detail = f"{wrong}: recorded {getattr(record, wrong)}, by configuration {expected[wrong]}"
+        elif plan.patients is not None:
+            wrong, detail = _compare_patients(record, plan.patients.losses(spent), plan, registered)
+        status = Status.OK if wrong is None else Status.FAILED
+        findings.append(Finding("mechanism", status, record.round, record.task, None, detail))
+    return findings
+
+
+def _compare_patients(
+    record: RoundRecord, losses: Sequence[PatientLoss], plan: PrivacyPlan, registered: Mapping[str, int]
+) -> tuple[str | None, str]:
+    """The first hospital whose patients are others than recorded, or lost another epsilon, and a line about it."""
+    recorded = {name: epsilon for name, _, epsilon in record.patients or ()}
+    counts = {name: count for name, count, _ in record.patients or ()}
+    for name, count in plan.stage(record.task).patients:
+        if counts.get(name) != count or count > registered.get(name, 0):
+            known = f"{count} in the task's first round, {registered.get(name, 0)} registered"
+            return name, f"patients of {name}: recorded {counts.get(name)}, {known}"
+    for loss in losses:
+        found = recorded.get(loss.hospital)
+        same = found is None if loss.epsilon is None else found is not None and isclose(float(found), loss.epsilon)
+        if not same:
+            return loss.hospital, f"epsilon of {loss.hospital}'s patients: recorded {found}, recomputed {loss.epsilon}"
+    return None, f"as configured, with the epsilon of the patients of {len(losses)} hospitals"
 
 
 def _check_identity(records: Sequence[Record], chain_id: str) -> list[Finding]:
@@ -111,6 +197,10 @@ def ledger_summary(ledger: Ledger, findings: list[Finding]) -> dict[str, Any]:
                 "digest": record.parameters_digest,
                 "epsilon": None if record.epsilon is None else float(record.epsilon),
                 "cohort": list(record.cohort),
+                "patients": [
+                    {"hospital": name, "patients": count, "epsilon": None if spent is None else float(spent)}
+                    for name, count, spent in record.patients or ()
+                ],
             }
             for record in block.records
             if isinstance(record, RoundRecord)

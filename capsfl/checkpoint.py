@@ -1,6 +1,8 @@
 """Orbax checkpoints of a task's rounds: weights, server optimizer, accountant and ledger in one atomic step."""
 
 import errno
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +42,9 @@ class Restored:
 class Checkpoints:
     """The rounds of one task under `folder/<round>`.
 
-    Orbax writes a step beside its final name and renames it, so an interrupted save never becomes the latest.
+    Orbax writes a step beside its final name and renames it, so an interrupted save never becomes the latest. A step
+    also holds the digest of everything in it: a disk that changes a bit of an optimizer's state, where no signed record
+    would tell, is refused too.
 
     Args:
         folder: created when missing.
@@ -67,11 +71,13 @@ class Checkpoints:
             ledger: the ledger's log, this round's record included.
         """
         step = int(state.round)
+        plain, key_data, log = _plain(state), np.asarray(jax.random.key_data(key)), np.frombuffer(ledger, np.uint8)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_plain(state)),
-            random=ocp.args.StandardSave({"key": jax.random.key_data(key)}),
+            state=ocp.args.StandardSave(plain),
+            random=ocp.args.StandardSave({"key": key_data}),
             accountant=ocp.args.JsonSave(dict(accountant)),
-            ledger=ocp.args.StandardSave({"log": np.frombuffer(ledger, np.uint8)}),
+            ledger=ocp.args.StandardSave({"log": log}),
+            digests=ocp.args.JsonSave(_digests(plain, key_data, accountant, log)),
         )
         try:
             with _quiet_orbax():
@@ -91,7 +97,7 @@ class Checkpoints:
         """Reads a round back into the shapes of `like`; the latest by default, None when there is none.
 
         Raises:
-            CheckpointError: the round cannot be read, or was drawn from another root key.
+            CheckpointError: the round cannot be read, is not what was saved, or was drawn from another root key.
         """
         step = self._manager.latest_step() if round_number is None else round_number
         if step is None:
@@ -105,13 +111,29 @@ class Checkpoints:
                         random=ocp.args.StandardRestore(),
                         accountant=ocp.args.JsonRestore(),
                         ledger=ocp.args.StandardRestore(),
+                        digests=ocp.args.JsonRestore(),
                     ),
                 )
         except Exception as error:  # whatever Orbax trips over in a damaged file, an AttributeError too
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise  # another process is lost
+            other = _difference(self.folder / str(step), like)
+            if other is not None:
+                raise CheckpointError(
+                    f"{self.folder / str(step)}: made by another configuration: {other}; resume with that one, or "
+                    "choose another `out`"
+                ) from error
             raise CheckpointError(
                 f"{self.folder / str(step)}: checkpoint unreadable: {_cause(error)}; delete this folder to "
                 "resume from the round before it"
             ) from error
+        found = _digests(items.state, items.random["key"], items.accountant, items.ledger["log"])
+        changed = [name for name in sorted(found | items.digests) if found.get(name) != items.digests.get(name)]
+        if changed:
+            raise CheckpointError(
+                f"{self.folder / str(step)}: {changed[0]} is not what was saved; delete this folder to resume from the "
+                "round before it"
+            )
         if not np.array_equal(items.random["key"], jax.random.key_data(key)):
             raise CheckpointError(
                 f"{self.folder / str(step)}: drawn from another seed; resume with the seed it was made by"
@@ -119,9 +141,10 @@ class Checkpoints:
         state = RoundState(
             _like(like.parameters, items.state["parameters"]),
             _like(like.server, items.state.get("server") or {}),
-            jnp.asarray(items.state["round"]),
+            _placed(items.state["round"]),
             None if like.controls is None else _like(like.controls, items.state["controls"]),
-            None if like.clip_norm is None else jnp.asarray(items.state["clip_norm"]),
+            None if like.clip_norm is None else _placed(items.state["clip_norm"]),
+            None if like.noise is None else _like(like.noise, items.state["noise"]),
         )
         return Restored(state, items.accountant, np.asarray(items.ledger["log"], np.uint8).tobytes())
 
@@ -157,16 +180,53 @@ def read_parameters(folder: Path, round_number: int) -> dict[str, np.ndarray] | 
     Raises:
         CheckpointError: the round is there and cannot be read.
     """
-    step = folder.absolute() / str(round_number)
+    tree = _read_state(folder.absolute() / str(round_number))
+    if tree is None:
+        return None
+    parameters = tree["parameters"]
+    return {_path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+
+
+def _read_state(step: Path) -> Any:
+    """The state of a round as it lies on disk; None when it is not there."""
     if not step.is_dir():
         return None
     try:
-        with _quiet_orbax(), ocp.StandardCheckpointer() as reader:
-            tree = reader.restore(step / "state")
+        with _quiet_orbax(), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+            # Asked for as arrays of the host: what four devices have written, one can read.
+            shapes = reader.metadata(step / "state").item_metadata.tree
+            return reader.restore(step / "state", jax.tree.map(_on_host, shapes))
     except Exception as error:  # whatever Orbax trips over in a damaged file, an AttributeError too
         raise CheckpointError(f"{step}: checkpoint unreadable: {_cause(error)}") from error
-    parameters = tree["parameters"]
-    return {_path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+
+
+def _difference(step: Path, like: RoundState) -> str | None:
+    """Names the first array that a round on disk has in another shape than this run, or that only one of them has."""
+    try:
+        with _quiet_orbax(), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+            found = _shapes(reader.metadata(step / "state").item_metadata.tree)
+    except Exception:  # damaged: what it was made by can't be told
+        return None
+    expected = _shapes(_plain(like))
+    name = next((name for name in sorted(found | expected) if found.get(name) != expected.get(name)), None)
+    if name is None:
+        return None
+    there, here = (f"{tree[name]}" if name in tree else "absent" for tree in (found, expected))
+    return f"{name} is {there} there and {here} here"
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def read_clip_norm(folder: Path, round_number: int) -> float | None:
+    """Reads the clip norm that the round after this one used; None when there is no such round, or none was kept.
+
+    Raises:
+        CheckpointError: the round is there and cannot be read.
+    """
+    tree = _read_state(folder.absolute() / str(round_number))
+    return None if tree is None or "clip_norm" not in tree else float(tree["clip_norm"])
 
 
 def latest_parameters(folder: Path, like: Any, recorded: Sequence[RoundRecord]) -> Any:
@@ -205,6 +265,19 @@ def check_recorded(record: RoundRecord | None, parameters: Any, place: Path) -> 
         )
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Has Orbax wait for no other process, since only this one reads."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(own, {own}, barrier_sync_key_prefix=f"process_{own}")
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """An array of this shape and type that takes no memory: Orbax restores into the likes of it."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
     """Keeps the tracebacks that Orbax's threads log off the console; the error we raise says it in one line.
@@ -238,7 +311,18 @@ def _plain(state: RoundState) -> dict[str, Any]:
         plain["controls"] = _by_path(state.controls)
     if state.clip_norm is not None:
         plain["clip_norm"] = state.clip_norm
+    if state.noise is not None:
+        plain["noise"] = _by_path(state.noise)
     return plain
+
+
+def _digests(state: Any, key: Any, accountant: Mapping[str, Any], log: Any) -> dict[str, str]:
+    """Digest of everything in a step, by name."""
+    report = json.dumps(accountant, sort_keys=True).encode()
+    return {
+        **tensor_leaves({**state, "random": key, "ledger": log}),
+        "accountant": hashlib.sha256(report).hexdigest(),
+    }
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -247,7 +331,12 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 def _like(tree: Any, arrays: Mapping[str, Any]) -> Any:
     """Puts arrays found by path into the structure of `tree`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays[_path_name(path)]), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _placed(arrays[_path_name(path)]), tree)
+
+
+def _placed(array: Any) -> jax.Array:
+    """An array on a device; what Orbax has put there, over several processes perhaps, stays as it is."""
+    return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
 
 def _path_name(path: tuple[Any, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `capsfl train|ingest|phantom|predict|report|verify|epsilon|bench|doctor`."""
+"""The command line: `capsfl train|sweep|ingest|phantom|predict|report|verify|ledger|epsilon|bench|doctor`."""
 
 import json
 import logging
@@ -22,14 +22,16 @@ from capsfl.settings import explain
 
 SUMMARY = {
     "train": "CONFIG.toml [--dotted.name VALUE ...]   run or resume a study and write its page",
+    "sweep": "CONFIG.toml [--dotted.name VALUE ...]   many studies in one program: privacy against utility",
     "ingest": "SOURCE OUT                              DICOM or NIfTI scans into standard volumes",
     "phantom": "OUT                                     chest-CT hospitals as real DICOM series",
     "predict": "RUN SCAN                                mask in the scan's own geometry, probability, overlay",
-    "report": "RUN                                     write the study's page again",
+    "report": "RUN|SWEEP                               write the page of a study or a sweep again",
     "verify": "RUN [--witness HEAD]                    recompute and check every ledger of a study",
+    "ledger": "show|prove|check|export                 read a run's ledger, take proofs of its rounds away",
     "epsilon": "--hospitals H --noise-multiplier Z ...  privacy loss of a setting, or the setting for a loss",
     "audit": "--noise-multiplier Z ...                canaries against our own rounds: a lower bound on epsilon",
-    "bench": "[routing|segcaps] [--quick] [--tune]     measure time and memory on this machine",
+    "bench": "[NAME] [--quick]                        measure time and memory on this machine",
     "doctor": "                                        what works on this machine and what to install",
 }
 
@@ -90,21 +92,66 @@ def train(words: list[str]) -> int:
             )
         _fail("capsfl train: name a configuration first, such as configs/demo.toml")
     path = Path(words[0])
-    config = parse(
-        StudyConfig,
+
+    class TrainCommand(StudyConfig):
+        """A study, and how to run it this time."""
+
+        profile: tyro.conf.UseCounterAction[int] = 0
+        """Write a trace of a few rounds of the first arm into its folder, for TensorBoard, Perfetto or XProf."""
+
+    given = parse(
+        TrainCommand,
         words[1:],
         prog=f"capsfl train {path}",
         description=f"Run or resume the study of {path}; defaults below are the file's values.",
-        default=load_config(path),
+        default=TrainCommand(**dict(load_config(path))),
         config=TYRO,
     )
+    config = StudyConfig(**{field: getattr(given, field) for field in StudyConfig.model_fields})
+    from capsfl.processes import is_first, joined
     from capsfl.study import disk_errors
     from capsfl.train import train as run_study
 
+    with joined(config.devices), disk_errors(Path(config.out)):
+        console = Console(quiet=not is_first())
+        page = run_study(config, console=console, profile=given.profile > 0)
+    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def sweep(words: list[str]) -> int:
+    """Runs or resumes a sweep."""
+    from capsfl.sweeps.config import SweepConfig, load_sweep
+
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            parse(
+                SweepConfig,
+                ["--help"],
+                prog="capsfl sweep CONFIG.toml",
+                description="Run or resume a sweep; a CONFIG.toml before --help shows its own values as defaults.",
+                default=SweepConfig(),
+                config=TYRO,
+            )
+        _fail("capsfl sweep: name a configuration first, such as configs/sweep_privacy.toml")
+    path = Path(words[0])
+    config = parse(
+        SweepConfig,
+        words[1:],
+        prog=f"capsfl sweep {path}",
+        description=f"Run or resume the sweep of {path}; defaults below are the file's values.",
+        default=load_sweep(path),
+        config=TYRO,
+    )
+    from capsfl.study import disk_errors
+    from capsfl.sweeps.cores import one_device_per_core
+    from capsfl.sweeps.run import run_sweep
+
+    one_device_per_core()
     console = Console()
     with disk_errors(Path(config.out)):
-        page = run_study(config, console=console)
-    console.print(f"page: {page}", soft_wrap=True, highlight=False)
+        folder = run_sweep(config, console=console)
+    console.print(f"page: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -197,20 +244,27 @@ def predict(words: list[str]) -> int:
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Write a study's page again from what is in its folder; works while training is still going on."""
+    """Write the page of a study or a sweep again from what is in its folder; works while it is still running."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder that `capsfl train` wrote."""
+    """Folder that `capsfl train` or `capsfl sweep` wrote."""
     picture: Path | None = None
-    """Also draw the summary picture (PNG) here."""
+    """Also draw a study's summary picture (PNG) here; a sweep's frontier lies in its folder."""
 
 
 def report(words: list[str]) -> int:
     """Writes the page again."""
     given = parse(ReportCommand, words, prog="capsfl report")
-    from capsfl.report import build_page, summary_picture
+    from capsfl.report import build_page, build_sweep_page, summary_picture
     from capsfl.study import disk_errors
 
+    if (given.run / "sweep.json").exists():
+        from capsfl.sweeps.results import merge_results
+
+        with disk_errors(given.run):
+            merge_results(given.run)
+            print(f"page: {build_sweep_page(given.run)}")
+        return 0
     with disk_errors(given.run):
         print(f"page: {build_page(given.run)}")
     if given.picture is not None:
@@ -228,6 +282,8 @@ class VerifyCommand:
     """Folder that `capsfl train` wrote."""
     witness: Path | None = None
     """A copy of one run's ledger/head, kept elsewhere: only against it can a rollback show."""
+    strict: bool = False
+    """Exit with 1 also where something could not be verified, a missing witness aside."""
     json: bool = False
     """Print findings as JSON."""
 
@@ -241,10 +297,12 @@ def verify(words: list[str]) -> int:
     witness = given.witness.read_bytes() if given.witness else None
     findings = audit_study(given.run, witness_head=witness)
     failed = [(name, f) for name, rows in findings.items() for f in rows if f.status is Status.FAILED]
+    open_ = [f for rows in findings.values() for f in rows if f.status is Status.UNVERIFIABLE and f.check != "witness"]
+    code = 1 if failed or (given.strict and open_) else 0
     if given.json:
         rows = {name: [finding_row(f) for f in rows] for name, rows in findings.items()}
-        print(json.dumps({"ok": not failed, "runs": rows}, indent=1))
-        return 1 if failed else 0
+        print(json.dumps({"ok": not code, "runs": rows}, indent=1))
+        return code
     console = Console()
     table = Table("run", "check", "OK", "unverifiable", "FAILED", box=None, pad_edge=False)
     for name, rows in findings.items():
@@ -266,27 +324,42 @@ def verify(words: list[str]) -> int:
         console.print(f"unverifiable: {detail}", soft_wrap=True, highlight=False)
     if not failed:
         console.print("[green]verified[/]: everything that can be recomputed agrees with the ledgers")
-    return 1 if failed else 0
+        if code:
+            console.print("[red]strict[/]: something could not be recomputed (above)")
+    return code
+
+
+def ledger(words: list[str]) -> int:
+    """Reads a run's ledger, or takes parts of it away."""
+    from capsfl.ledger_command import ledger as run_action
+
+    return run_action(words)
 
 
 @dataclass(frozen=True)
 class EpsilonCommand:
-    """Privacy loss of a setting, or with --target-epsilon the setting that meets one."""
+    """Privacy loss of a setting, or with --target-epsilon the setting that meets one; under both relations."""
 
-    hospitals: int
-    """H, hospitals in the federation."""
+    hospitals: int | None = None
+    """H, hospitals in the federation; for unit hospital."""
+    patients: int | None = None
+    """N, patients of one hospital; for unit patient."""
     cohort: int | None = None
-    """m, expected hospitals in a round; all when absent."""
+    """m, expected hospitals in a round (all when absent), or expected patients in a local step."""
     noise_multiplier: float | None = None
     """z, standard deviation of the noise on the SUM over the clip norm; absent to solve for it."""
     rounds: int | None = None
     """T, rounds; absent to solve for it."""
+    epochs: int | None = None
+    """Local epochs in a round, of ceil(N / m) steps each; for unit patient; 1 when absent."""
     delta: float = 1e-5
     """Probability with which the bound may fail."""
-    sampler: Literal["poisson", "fixed", "all"] = "poisson"
-    """How a cohort is drawn."""
+    sampler: Literal["poisson", "fixed", "all", "cyclic"] = "poisson"
+    """How a cohort is drawn; patients are drawn by poisson."""
     truncation: int | None = None
-    """The most hospitals a Poisson round takes; the smallest cap costing < 0.1 % of epsilon when absent."""
+    """The most that a Poisson draw takes; the smallest cap costing < 0.1 % of epsilon when absent."""
+    unit: Literal["hospital", "patient"] = "hospital"
+    """Whom the guarantee protects: a hospital in the federation, or a patient of one hospital."""
     target_epsilon: float | None = None
     """Solve for the one of --noise-multiplier, --rounds that is absent (both given: for the cohort)."""
     json: bool = False
@@ -296,31 +369,7 @@ class EpsilonCommand:
 def epsilon(words: list[str]) -> int:
     """Accounts for a setting."""
     given = parse(EpsilonCommand, words, prog="capsfl epsilon")
-    from capsfl.privacy import epsilon_report, epsilon_under_both_relations, solve
-
-    values: dict[str, Any] = asdict(given)
-    del values["json"], values["target_epsilon"]
-    if given.target_epsilon is None:
-        for name in ("noise_multiplier", "rounds"):
-            if values[name] is None:
-                flag = name.replace("_", "-")
-                raise ValueError(f"{name}: missing; give --{flag}, or --target-epsilon to solve for it")
-        values["cohort"] = given.hospitals if given.cohort is None else given.cohort
-        row = epsilon_report(**values)
-    else:
-        missing = [name for name in ("noise_multiplier", "rounds") if values[name] is None]
-        if len(missing) == 2:
-            raise ValueError("noise_multiplier, rounds: both missing; give one, and the other is solved for")
-        unknown: Any = missing[0] if missing else "cohort"
-        if unknown != "cohort":
-            values["cohort"] = given.hospitals if given.cohort is None else given.cohort
-        elif given.cohort is not None:
-            raise ValueError(
-                f"cohort = {given.cohort}: given, as are noise-multiplier and rounds; leave one out to solve for it"
-            )
-        del values[unknown]
-        row = solve(given.target_epsilon, for_=unknown, **values)
-    row |= epsilon_under_both_relations(row)
+    row = _account_for_patients(given) if given.unit == "patient" else _account_for_hospitals(given)
     if given.json:
         print(json.dumps(row))
         return 0
@@ -335,6 +384,74 @@ def epsilon(words: list[str]) -> int:
         table.add_row(name, "unbounded" if value is None and "epsilon" in name else str(value))
     Console().print(table)
     return 0
+
+
+def _account_for_hospitals(given: EpsilonCommand) -> dict[str, Any]:
+    from capsfl.privacy import epsilon_report, epsilon_under_both_relations, solve
+
+    if given.hospitals is None:
+        raise ValueError("hospitals: missing; give --hospitals, or --unit patient and --patients")
+    _refuse_options(given, ("patients", "epochs"), unit="patient")
+    unknown = _unknown(given, cohort="cohort")
+    values: dict[str, Any] = {
+        name: getattr(given, name)
+        for name in ("hospitals", "cohort", "noise_multiplier", "rounds", "delta", "sampler", "truncation")
+    }
+    if unknown != "cohort":
+        values["cohort"] = given.hospitals if given.cohort is None else given.cohort
+    if unknown is None or given.target_epsilon is None:
+        row = epsilon_report(**values)
+    else:
+        del values[unknown]
+        row = solve(given.target_epsilon, for_=unknown, **values)
+    return row | epsilon_under_both_relations(row)
+
+
+def _account_for_patients(given: EpsilonCommand) -> dict[str, Any]:
+    from capsfl.privacy.patient_report import patient_report, solve_patients
+
+    if given.patients is None:
+        raise ValueError("patients: missing; give --patients, how many the hospital has")
+    _refuse_options(given, ("hospitals",), unit="hospital")
+    if given.sampler != "poisson":
+        raise ValueError(f'sampler = {given.sampler}: patients are drawn by "poisson"; leave it out')
+    unknown: Any = _unknown(given, cohort="expected_patients")
+    if unknown != "expected_patients" and given.cohort is None:
+        raise ValueError("cohort: missing; give --cohort, the patients expected in a local step")
+    values: dict[str, Any] = {
+        name: getattr(given, name) for name in ("patients", "noise_multiplier", "rounds", "delta")
+    }
+    epochs = 1 if given.epochs is None else given.epochs
+    values |= {"expected_patients": given.cohort, "epochs": epochs, "truncation": given.truncation}
+    if unknown is None or given.target_epsilon is None:
+        return patient_report(**values)
+    del values[unknown]
+    return solve_patients(given.target_epsilon, for_=unknown, **values)
+
+
+def _unknown(given: EpsilonCommand, *, cohort: str) -> Any:
+    """What is to be solved for, None for epsilon; `cohort` is that field's name in the answer."""
+    missing = [name for name in ("noise_multiplier", "rounds") if getattr(given, name) is None]
+    if given.target_epsilon is None:
+        for name in missing:
+            flag = name.replace("_", "-")
+            raise ValueError(f"{name}: missing; give --{flag}, or --target-epsilon to solve for it")
+        return None
+    if len(missing) == 2:
+        raise ValueError("noise_multiplier, rounds: both missing; give one, and the other is solved for")
+    if missing:
+        return missing[0]
+    if given.cohort is not None:
+        raise ValueError(
+            f"cohort = {given.cohort}: given, as are noise-multiplier and rounds; leave one out to solve for it"
+        )
+    return cohort
+
+
+def _refuse_options(given: EpsilonCommand, fields: tuple[str, ...], *, unit: str) -> None:
+    for field in fields:
+        if getattr(given, field) is not None:
+            raise ValueError(f"{field} = {getattr(given, field)}: of unit {unit}; leave it out, or give --unit {unit}")
 
 
 @dataclass(frozen=True)
@@ -410,6 +527,56 @@ def bench(words: list[str]) -> int:
         results_folder(given.out)
         finish(measure_segcaps(given, say=say), given)
         return 0
+    if words[0] == "scale":
+        from capsfl.bench.scale import ScaleBench
+        from capsfl.bench.scale import measure as measure_scale
+
+        @dataclass(frozen=True)
+        class ScaleCommand(ScaleBench, Output):
+            """Measure rounds over hospitals on disk, many populations and cohorts."""
+
+        given = parse(ScaleCommand, words[1:], prog=prog)
+        results_folder(given.out)
+        finish(measure_scale(given, say=say), given)
+        return 0
+    if words[0] == "sweep":
+        from capsfl.bench.sweep import SweepBench
+        from capsfl.bench.sweep import measure as measure_sweep
+
+        @dataclass(frozen=True)
+        class SweepCommand(SweepBench, Output):
+            """Measure 64 studies as one sweep, as 64 processes, and as 64 calls of one program."""
+
+        given = parse(SweepCommand, words[1:], prog=prog)
+        results_folder(given.out)
+        finish(measure_sweep(given, say=say), given)
+        return 0
+    if words[0] == "rounds":
+        from capsfl.bench.rounds import RoundsBench
+        from capsfl.bench.rounds import measure as measure_rounds
+
+        @dataclass(frozen=True)
+        class RoundsCommand(RoundsBench, Output):
+            """Measure one federated round of 100 hospitals, other frameworks beside it."""
+
+        given = parse(RoundsCommand, words[1:], prog=prog)
+        results_folder(given.out)
+        finish(measure_rounds(given, say=say), given)
+        return 0
+    if words[0] == "geyer":
+        from capsfl.bench.geyer import GeyerBench
+        from capsfl.bench.geyer import measure as measure_geyer
+        from capsfl.sweeps.cores import one_device_per_core
+
+        @dataclass(frozen=True)
+        class GeyerCommand(Output, GeyerBench):
+            """Train MNIST over hospitals at epsilon 8, under Poisson and under fixed sampling."""
+
+        given = parse(GeyerCommand, words[1:], prog=prog)
+        results_folder(given.out)
+        one_device_per_core()
+        finish(measure_geyer(given, say=say), given)
+        return 0
     from capsfl.bench.routing import RoutingBench
     from capsfl.bench.routing import measure as measure_routing
     from capsfl.bench.tuning import tune
@@ -459,11 +626,13 @@ TYRO = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "sweep": sweep,
     "ingest": ingest,
     "phantom": phantom,
     "predict": predict,
     "report": report,
     "verify": verify,
+    "ledger": ledger,
     "epsilon": epsilon,
     "audit": audit,
     "bench": bench,

@@ -49,6 +49,9 @@ class DataConfig(Settings):
     """Share of every hospital's patients for the curves and the threshold, where the manifest gives no split."""
     on_error: Literal["raise", "skip"] = "raise"
     """Whether a scan that cannot be read stops the run or is left out by name."""
+    residence: Literal["memory", "disk"] = "memory"
+    """Where federated hospitals keep their training records: in memory, or in the run folder, read cohort by cohort
+    while the round before trains; for more hospitals than memory holds. The result is the same bit for bit."""
 
 
 class ArmConfig(Settings):
@@ -62,6 +65,10 @@ class ArmConfig(Settings):
     """Replaces privacy.clip_norm."""
     noise_multiplier: float | None = Field(default=None, ge=0)
     """Replaces privacy.noise_multiplier."""
+    unit: Literal["hospital", "patient"] | None = None
+    """Replaces privacy.unit."""
+    expected_patients: int | None = Field(default=None, ge=1)
+    """Replaces privacy.expected_patients."""
 
 
 class StudyConfig(Settings):
@@ -83,6 +90,9 @@ class StudyConfig(Settings):
     """Sampling, clipping and noise of every round, the unit being the hospital."""
     devices: DevicesConfig = DevicesConfig()
     """Layout over accelerators."""
+    places: int | None = Field(default=None, ge=1)
+    """Hospitals a run has room for and its privacy is accounted for; they may then join and leave between two starts.
+    When absent, the hospitals of the first start are those of the whole run."""
     arms: tuple[ArmConfig, ...] = (ArmConfig(),)
     """Trainings that are compared; the first one is the study's own."""
     jobs: int | None = Field(default=None, ge=1)
@@ -98,6 +108,21 @@ class StudyConfig(Settings):
             raise ValueError("segmentation: absent, but [classification] looks at masked slices; add [segmentation]")
         if not self.data.source and self.phantom is None:
             raise ValueError("data.source: empty, and there is no [phantom]; name a manifest or add [phantom]")
+        for name in ("segmentation", "classification"):
+            if self.data.residence == "disk" and (stage := getattr(self, name)) is not None and stage.scaffold:
+                raise ValueError(
+                    f'data.residence = "disk": {name}.scaffold keeps a copy of the model for every hospital in memory; '
+                    "switch scaffold off, or keep the records in memory"
+                )
+        if self.places is not None and self.data.residence == "disk":
+            raise ValueError(
+                f'places = {self.places}: hospitals on disk can neither join nor leave; set data.residence = "memory"'
+            )
+        if self.places is not None and "patient" in {self.privacy.unit, *(arm.unit for arm in self.arms)}:
+            raise ValueError(
+                f"places = {self.places}: patients are accounted for hospitals that stay; leave places out, or set "
+                'privacy.unit = "hospital"'
+            )
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"arms.name = {names}: expected at least one arm and different names")
@@ -109,19 +134,25 @@ class StudyConfig(Settings):
         return cls(phantom=PhantomConfig(), segmentation=SegmentationStage(), classification=ClassificationStage())
 
     def digest(self) -> str:
-        """SHA-256 of what decides the result: all but the run folder, the jobs and the device layout."""
-        table = self.model_dump(mode="json", exclude={"out", "devices", "jobs"})
+        """SHA-256 of what decides the result: all but the run folder, the jobs, the device layout and the residence."""
+        left_out: Any = {"out": True, "devices": True, "jobs": True, "data": {"residence"}}
+        table = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def arm(self, arm: ArmConfig) -> "StudyConfig":
         """The configuration of one arm alone."""
-        changes: dict[str, Any] = {
-            name: value for name in ("clip_norm", "noise_multiplier") if (value := getattr(arm, name)) is not None
-        }
+        replaced = ("clip_norm", "noise_multiplier", "unit", "expected_patients")
+        changes: dict[str, Any] = {name: value for name in replaced if (value := getattr(arm, name)) is not None}
         if arm.partition != "hospitals":
-            # One holder of all records, or a hospital alone, has no cohort to draw and no crowd to hide in.
-            changes = {"sampler": "all", "cohort": None, "truncation": None, "noise_multiplier": 0.0} | changes
+            # One holder of all records, or a hospital alone, has no cohort to draw and no crowd to hide in. Its
+            # patients can still hide in each other, where an arm asks for that noise.
+            alone = {"sampler": "all", "cohort": None, "truncation": None, "noise_multiplier": 0.0}
+            changes = alone | {"noise": "independent", "bands": None} | changes
             changes["target_epsilon"] = None
+            if not changes["noise_multiplier"]:
+                changes["unit"] = "hospital"
+        if changes.get("unit", self.privacy.unit) == "hospital":
+            changes |= {"expected_patients": None, "patient_truncation": None}
         return self.model_copy(update={"privacy": self.privacy.model_copy(update=changes), "arms": (arm,)})
 
 
@@ -131,6 +162,20 @@ def load_config(path: Path) -> StudyConfig:
     Raises:
         ConfigError: unreadable file, malformed TOML, or fields that are unknown, of a wrong type or out of range.
     """
+    table = read_toml(path)
+    try:
+        # JSON rather than Python objects: strict mode then takes arrays for tuples, and still no bool for an int.
+        return StudyConfig.model_validate_json(json.dumps(table))
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(path))) from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file whose every value JSON can say too.
+
+    Raises:
+        ConfigError: unreadable file, malformed TOML, or a date, time, infinity or NaN.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -138,11 +183,7 @@ def load_config(path: Path) -> StudyConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     _refuse_unportable(table, path, ())
-    try:
-        # JSON rather than Python objects: strict mode then takes arrays for tuples, and still no bool for an int.
-        return StudyConfig.model_validate_json(json.dumps(table))
-    except ValidationError as error:
-        raise ConfigError(explain(error, str(path))) from error
+    return table
 
 
 def _refuse_unportable(value: Any, path: Path, trail: tuple[str, ...]) -> None:

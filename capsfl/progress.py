@@ -18,11 +18,16 @@ INTERVAL_S = 0.5
 def show_rounds(runs: Mapping[str, Path], rounds: Mapping[str, int], *, console: Console) -> Iterator[None]:
     """Shows a bar per run while the body trains them; where there is no terminal, a line per finished stage.
 
+    A hospital whose update was left out, for it held NaN or infinity, is named once per stage.
+
     Args:
         runs: name of every run and its folder.
         rounds: rounds of every stage, in order.
-        console: where to.
+        console: where to; a quiet one is of a process that is not the first.
     """
+    if console.quiet:
+        yield
+        return
     width = max(len(name) for name in runs)
     progress = Progress(
         TextColumn("{task.description}"),
@@ -33,7 +38,7 @@ def show_rounds(runs: Mapping[str, Path], rounds: Mapping[str, int], *, console:
         console=console,
     )
     bars = {name: progress.add_task(name.ljust(width), total=sum(rounds.values()), note="") for name in runs}
-    said: set[tuple[str, str]] = set()
+    said: set[tuple[str, ...]] = set()
     stop = Event()
 
     def update() -> None:
@@ -43,6 +48,15 @@ def show_rounds(runs: Mapping[str, Path], rounds: Mapping[str, int], *, console:
                 continue
             progress.update(bars[name], completed=len(rows), note=summarise(rows[-1]))
             for row in rows:
+                for hospital in row["not_finite"]:
+                    if (name, row["task"], hospital) not in said:
+                        said.add((name, row["task"], hospital))
+                        console.print(
+                            f"[yellow]warning[/] {name}: {row['task']} round {row['round']} leaves out {hospital}, "
+                            "whose update was not finite; look at its scans, or lower the learning rate",
+                            soft_wrap=True,
+                            highlight=False,
+                        )
                 stage = (name, row["task"])
                 if not console.is_terminal and row["round"] == rounds.get(row["task"]) and stage not in said:
                     said.add(stage)

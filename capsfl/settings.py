@@ -22,20 +22,21 @@ class Settings(BaseModel):
     )
 
 
-def explain(error: ValidationError, source: str, *, section: str = "") -> str:
+def explain(error: ValidationError, source: str, *, section: str = "", command: str = "capsfl train CONFIG") -> str:
     """Turns pydantic's findings into one line each: source, dotted field, value, what was expected.
 
     Args:
         error: the refusal.
         source: file or command that the values came from.
         section: dotted name of the section that was refused; empty for the whole.
+        command: whose help lists the known keys.
     """
     lines = []
     for finding in error.errors(include_url=False):
         field = ".".join([section] * bool(section) + [str(part) for part in finding["loc"]])
         message = finding["msg"].removeprefix("Value error, ")
         if finding["type"] == "extra_forbidden":
-            message = "unknown key; see `capsfl train CONFIG --help` for the known ones"
+            message = f"unknown key; see `{command} --help` for the known ones"
         elif finding["type"] == "missing":
             message = "missing; add it"
         elif finding["loc"]:

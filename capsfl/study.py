@@ -1,7 +1,9 @@
 """The study folder: whose configuration it is, how long its stages took, how its patients are split."""
 
+import fcntl
 import json
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -14,6 +16,11 @@ import numpy as np
 from capsfl.clock import Stopwatch
 from capsfl.config import DataConfig, StudyConfig
 from capsfl.learning.patients import Patient
+from capsfl.membership import members_of, seat
+from capsfl.processes import is_first, process_index
+
+LOCK = ".lock"
+"""File whose lock the one process at work in a study holds."""
 
 
 class StudyFolderError(ValueError):
@@ -29,23 +36,41 @@ class Split(NamedTuple):
 
 
 class StudyFolder:
-    """A study's folder with `study.json`; made by `StudyFolder.open`."""
+    """A study's folder with `study.json`; made by `StudyFolder.open`, a context manager that frees the folder.
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    One run at a time: two would write the same volumes, curves and checkpoints. Of a run's processes the first one
+    holds the lock.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], lock: int | None) -> None:
         self.path = path
         self._record = record
+        self._unlock = weakref.finalize(self, os.close, lock) if lock is not None else None
+
+    def __enter__(self) -> "StudyFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._unlock is not None:
+            self._unlock()
 
     @classmethod
     def open(cls, config: StudyConfig) -> "StudyFolder":
         """Founds the folder, or resumes it.
 
         Raises:
-            StudyFolderError: the folder holds something else, another configuration's study, or cannot be written.
+            StudyFolderError: the folder holds something else, another configuration's study, cannot be written, another
+                run is at work in it, or it is not there for this process, of several, though the first has written it.
         """
         path = Path(config.out)
         file = path / "study.json"
         record = _read_record(file)
-        if record is None and path.is_dir() and any(path.iterdir()):
+        if record is None and not is_first():
+            raise StudyFolderError(
+                f"{path}: process {process_index()} does not see what the first one wrote there; choose an `out` on a "
+                "file system that all processes share"
+            )
+        if record is None and path.is_dir() and {p.name for p in path.iterdir()} - {LOCK, _draft(file).name}:
             raise StudyFolderError(
                 f"{path}: not empty and not a study (no study.json); choose another `out` or an empty folder"
             )
@@ -58,15 +83,26 @@ class StudyFolder:
                 f"{path}: made by another configuration ({_difference(record['configuration'], config)}); choose "
                 "another `out`, or delete the folder to start over"
             )
-        folder = cls(path, record)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path, record, _lock(path) if is_first() else None)
             folder._write()
         except OSError as error:
             raise StudyFolderError(
                 f"{path}: cannot be written ({error.strerror}); free space or choose another `out`"
             ) from error
         return folder
+
+    def seat(self, hospitals: Sequence[str], *, places: int | None) -> tuple[str, ...]:
+        """Gives hospitals their places in the study, in the order in which they join, and records them.
+
+        Raises:
+            MembershipError: see `membership.seat`.
+        """
+        roster = members_of(self._record) if _is_begun(self.path, self._record) else ()
+        roster = seat(roster, hospitals, places=places, folder=self.path)
+        self.record(hospitals=sorted(hospitals), roster=roster)
+        return roster
 
     def record(self, **facts: Any) -> None:
         """Adds facts about the study for its page."""
@@ -96,7 +132,8 @@ class StudyFolder:
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path / "study.json", self._record)
+        if is_first():
+            write_json(self.path / "study.json", self._record)
 
 
 def load_study_config(path: Path) -> StudyConfig:
@@ -141,9 +178,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside its final place and renames it, so that readers see the old file or the new one."""
+    """Writes JSON beside its final place and renames it, so that readers see the old file or the new one.
+
+    The draft's name is always the same, so that one left by a kill is gone when the file is written after all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = _draft(path)
     try:
         partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         partial.replace(path)
@@ -196,6 +236,26 @@ def _read_record(file: Path) -> dict[str, Any] | None:
     return record
 
 
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _lock(path: Path) -> int:
+    """Takes the folder for this process and returns the descriptor that holds it."""
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StudyFolderError(
+            f"{path}: another `capsfl train` is at work in it; wait for it to end or choose another `out`"
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def _new_record(path: Path, config: StudyConfig) -> dict[str, Any]:
     return {
         "name": path.name,
@@ -204,7 +264,8 @@ def _new_record(path: Path, config: StudyConfig) -> dict[str, Any]:
         "configuration": config.model_dump(mode="json"),
         "configuration_hash": config.digest(),
         "versions": {name: version(name) for name in ("capsfl", "jax", "flax", "orbax-checkpoint")},
-        "device": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         "stages": [],
     }
 
@@ -228,6 +289,8 @@ def _difference(old: dict[str, Any], config: StudyConfig) -> str:
 
     before, now = flatten(old), flatten(config.model_dump(mode="json"))
     for name in [*now, *before]:
+        if name == "data.residence":
+            continue
         if name.split(".")[0] not in ("out", "devices", "jobs") and before.get(name) != now.get(name):
             return f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
     return "its fields differ"

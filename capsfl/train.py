@@ -9,14 +9,15 @@ run, or one run per hospital; a run owns a folder with checkpoints, ledger, metr
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import jax
@@ -30,30 +31,52 @@ from capsfl.clock import Stopwatch
 from capsfl.config import ArmConfig, StudyConfig
 from capsfl.ct.ingest import IndexEntry, ingest, read_index
 from capsfl.ct.phantom import write_hospitals
+from capsfl.federated.devices import on_one_device
 from capsfl.federated.federation import Federation, RoundReport, RoundsConfig
-from capsfl.federated.hospitals import Hospitals, pool_hospitals, select_hospitals, stack_hospitals
+from capsfl.federated.hospitals import (
+    HospitalSource,
+    pool_hospitals,
+    seat_hospitals,
+    select_hospitals,
+    stack_hospitals,
+)
+from capsfl.federated.patients import PATIENT, number_patients
+from capsfl.federated.recorded import recall_chunk, record_choice
 from capsfl.federated.round import RoundState
+from capsfl.federated.store_writer import rewrite_hospitals_store
+from capsfl.federated.stored import open_hospitals_store
 from capsfl.learning.classification import Classifier, make_classification_task, masked_slices
 from capsfl.learning.patients import Patient, load_patient
 from capsfl.learning.segmentation import Segmenter, cut_patches, make_segmentation_task
 from capsfl.learning.tasks import Task
 from capsfl.ledger.canonical import decimal
 from capsfl.ledger.chain import Ledger
+from capsfl.ledger.keyfiles import load_key, save_key
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.records import Registration, RoundRecord, parameters_root
 from capsfl.ledger.verify import Status
+from capsfl.membership import record_members, vacant_names
+from capsfl.privacy.patient_plan import Stage
 from capsfl.privacy.plan import PrivacyPlan
+from capsfl.privacy.secret import open_secret
+from capsfl.processes import agree, by_first, in_turn, is_first
+from capsfl.profiling import RoundTrace, is_traced, part, trace_folder
 from capsfl.progress import read_rounds, show_rounds
 from capsfl.report.page import build_page
 from capsfl.study import Split, StudyFolder, split_patients, write_json
+from capsfl.workers import die_with_parent
+
+RECORDS = "records"
+"""Folder in a run's for the records that lie on disk while it trains."""
 
 
-def train(config: StudyConfig, *, console: Console) -> Path:
+def train(config: StudyConfig, *, console: Console, profile: bool = False) -> Path:
     """Runs or resumes a study.
 
     Args:
         config: the whole configuration.
         console: where progress goes.
+        profile: whether to trace a few rounds of the first run.
 
     Returns:
         The page, `out/report.html`.
@@ -61,19 +84,29 @@ def train(config: StudyConfig, *, console: Console) -> Path:
     Raises:
         ValueError: anything a user can mend, in one line that names the file or field.
     """
-    folder = StudyFolder.open(config)
-    entries = prepare_volumes(config, folder, console=console)
-    split = load_split(config, entries)
+    agree("the configuration", config.digest() + config.devices.shared())
+    with in_turn("the study folder", lambda: StudyFolder.open(config)) as folder:
+        return train_study(config, folder, console=console, profile=profile)
+
+
+def train_study(config: StudyConfig, folder: StudyFolder, *, console: Console, profile: bool = False) -> Path:
+    """Runs or resumes a study in its folder, from scans to page."""
+    by_first("volumes", lambda: prepare_volumes(config, folder, console=console))
+    split = load_split(config, read_index(folder.path / "volumes"))
     hospitals = sorted({patient.hospital for patient in split.train})
-    folder.record(hospitals=hospitals)
+    roster = folder.seat(hospitals, places=config.places)
     console.print(
         f"[bold]{len(split.train)}[/] patients to train on, [bold]{len(split.validation)}[/] to validate, "
         f"[bold]{len(split.test)}[/] never trained on, in {len(hospitals)} hospitals"
     )
-    runs = plan_runs(config, folder.path, split)
+    runs = plan_runs(config, folder.path, split, roster=roster)
+    runs[0] = replace(runs[0], profile=profile)
     check_before_training(config, split, runs)
+    for caution in dict.fromkeys(plan_of_run(run, split).caution() for run in runs):
+        if caution:
+            console.print(f"[yellow]warning[/] {caution}", highlight=False, soft_wrap=True)
     with folder.stage("controls"):
-        controls = evaluation.score_controls(split, config)
+        controls = evaluation.score_controls(split, config) if is_first() else None
     rounds = {
         name: stage.rounds
         for name in ("segmentation", "classification")
@@ -84,15 +117,26 @@ def train(config: StudyConfig, *, console: Console) -> Path:
         show_rounds({run.place: run.folder for run in runs}, rounds, console=console),
     ):
         train_runs(runs, folder.path / "volumes", split, controls)
-    for arm in config.arms:
-        if arm.partition == "local":
-            members = {run.hospitals[0]: read_results(run) for run in runs if run.arm == arm}
-            write_json(folder.path / arm.name / "results.json", evaluation.average_members(members))
-    folder.finish()
-    return build_page(folder.path)
+
+    if profile:
+        place = runs[0].folder / "profile"
+        told = (
+            f"{place}, for TensorBoard, Perfetto or XProf" if is_traced(runs[0].folder) else "no round was left to run"
+        )
+        console.print(f"profile: {told}", soft_wrap=True, highlight=False)
+
+    def conclude() -> str:
+        for arm in config.arms:
+            if arm.partition == "local":
+                members = {run.hospitals[0]: read_results(run) for run in runs if run.arm == arm}
+                write_json(folder.path / arm.name / "results.json", evaluation.average_members(members))
+        folder.finish()
+        return str(build_page(folder.path))
+
+    return Path(by_first("the page", conclude))
 
 
-def prepare_volumes(config: StudyConfig, folder: StudyFolder, *, console: Console) -> tuple[IndexEntry, ...]:
+def prepare_volumes(config: StudyConfig, folder: StudyFolder, *, console: Console) -> None:
     """Brings every scan into a standard volume on disk, generating the phantom first where there is no source."""
     source = Path(config.data.source)
     if config.data.source and not source.exists():
@@ -111,7 +155,6 @@ def prepare_volumes(config: StudyConfig, folder: StudyFolder, *, console: Consol
             root=Path(config.data.root) if config.data.root else None,
             on_error=config.data.on_error,
         )
-    return read_index(folder.path / "volumes")
 
 
 def load_split(config: StudyConfig, entries: Sequence[IndexEntry]) -> Split:
@@ -121,15 +164,25 @@ def load_split(config: StudyConfig, entries: Sequence[IndexEntry]) -> Split:
     return split_patients(known, config.data, seed=config.seed)
 
 
-def plan_runs(config: StudyConfig, study: Path, split: Split) -> list["Run"]:
-    """Lists the trainings of a study: one per arm, or for `local` one per hospital."""
+def plan_runs(config: StudyConfig, study: Path, split: Split, *, roster: Sequence[str] = ()) -> list["Run"]:
+    """Lists the trainings of a study: one per arm, or for `local` one per hospital.
+
+    Args:
+        config: the whole configuration.
+        study: the study's folder.
+        split: the patients.
+        roster: who has, or once had, the places of the study, where hospitals join and leave.
+    """
     hospitals = tuple(sorted({patient.hospital for patient in split.train}))
     runs = []
     for arm in config.arms:
         for member in hospitals if arm.partition == "local" else (None,):
             place = f"{arm.name}/{member}" if member else arm.name
             holders = (member,) if member else hospitals
-            runs.append(Run(study / place, config.arm(arm), arm, holders, chain_of(config, place), member))
+            run = Run(study / place, config.arm(arm), arm, holders, chain_of(config, place), member)
+            if config.places is not None and arm.partition == "hospitals":
+                run = replace(run, places=vacant_names(roster, config.places))
+            runs.append(run)
     return runs
 
 
@@ -156,7 +209,7 @@ def check_before_training(config: StudyConfig, split: Split, runs: Sequence["Run
                 f"{column} column or hold out other patients"
             )
     for run in runs:
-        plan = PrivacyPlan.build(run.config.privacy, num_hospitals=len(run.holders))
+        plan = plan_of_run(run, split)
         target = run.config.privacy.target_epsilon
         if target is None:
             continue
@@ -170,9 +223,14 @@ def check_before_training(config: StudyConfig, split: Split, runs: Sequence["Run
             spent += getattr(run.config, stage).rounds
 
 
-def train_runs(runs: Sequence["Run"], volumes: Path, split: Split, controls: evaluation.Controls) -> None:
-    """Trains runs side by side on a CPU, whose cores one small network does not fill; else one after the other."""
+def train_runs(runs: Sequence["Run"], volumes: Path, split: Split, controls: evaluation.Controls | None) -> None:
+    """Trains runs side by side on a CPU, whose cores one small network does not fill; else one after the other.
+
+    Of several processes each takes part in every run, so that they are all at the same one.
+    """
     jobs = min(runs[0].config.jobs or default_jobs(runs[0].config), len(runs))
+    if jax.process_count() > 1:
+        jobs = 1
     if jobs == 1:
         for run in runs:
             train_run(run, split, controls)
@@ -200,19 +258,7 @@ def default_jobs(config: StudyConfig) -> int:
     return 1 if alone else os.cpu_count() or 1
 
 
-def die_with_parent() -> None:
-    """Ends a worker with its parent, so that a killed study leaves nobody writing in its folder."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
-
-
-def train_in_worker(run: "Run", volumes: Path, controls: evaluation.Controls) -> None:
+def train_in_worker(run: "Run", volumes: Path, controls: evaluation.Controls | None) -> None:
     """`train_run` in a process of its own."""
     train_run(run, load_split(run.config, read_index(volumes)), controls)
 
@@ -227,6 +273,8 @@ class Run:
     hospitals: tuple[str, ...]
     chain_id: str
     member: str | None = None
+    places: tuple[str, ...] = ()
+    profile: bool = False
 
     @property
     def place(self) -> str:
@@ -238,38 +286,75 @@ class Run:
         """Who holds records in this run: the hospitals, or the pool."""
         return ("pooled",) if self.arm.partition == "pooled" else self.hospitals
 
-    def arrange(self, records: Mapping[str, Any]) -> Hospitals:
-        """Stacks this run's share of all hospitals' records."""
+    @property
+    def protects_patients(self) -> bool:
+        """Whether the unit of privacy is the patient, so that every record has to say whose it is."""
+        return self.config.privacy.unit == "patient"
+
+    def arrange(self, records: Mapping[str, Any], task: str) -> HospitalSource:
+        """Stacks this run's share of all hospitals' records, and where asked for moves them to disk."""
         hospitals = select_hospitals(stack_hospitals(records), self.hospitals)
-        return pool_hospitals(hospitals) if self.arm.partition == "pooled" else hospitals
+        hospitals = pool_hospitals(hospitals) if self.arm.partition == "pooled" else hospitals
+        hospitals = number_patients(hospitals) if self.protects_patients else hospitals
+        hospitals = seat_hospitals(hospitals, self.places) if self.places else hospitals
+        if self.config.data.residence == "memory" or self.arm.partition != "hospitals":
+            return hospitals
+        place = self.folder / RECORDS / task
+        by_first("the records on disk", lambda: rewrite_hospitals_store(place, hospitals))
+        return open_hospitals_store(place)
 
 
-def train_run(run: Run, split: Split, controls: evaluation.Controls) -> None:
+def plan_of_run(run: Run, split: Split) -> PrivacyPlan:
+    """Returns the privacy plan of a run through all its stages.
+
+    Raises:
+        PrivacyError: the privacy section contradicts itself, the number of hospitals or that of their patients.
+    """
+    learns = {"segmentation": lambda patient: patient.truth is not None}
+    if run.config.classification is not None:
+        learns["classification"] = lambda patient: patient.label is not None
+    stages = []
+    for task, takes in learns.items():
+        counts = dict.fromkeys(run.holders, 0)
+        for patient in split.train:
+            if patient.hospital in run.hospitals and takes(patient):
+                counts["pooled" if run.arm.partition == "pooled" else patient.hospital] += 1
+        stage = getattr(run.config, task)
+        patients = tuple(counts.items()) if run.protects_patients else ()
+        stages.append(Stage(task, stage.rounds, stage.local.epochs, patients))
+    return PrivacyPlan.build(run.config.privacy, num_hospitals=len(run.places or run.holders), stages=stages)
+
+
+def train_run(run: Run, split: Split, controls: evaluation.Controls | None) -> None:
     """Trains one run through its stages and scores it on the patients never trained on.
 
-    A finished run is left as it is; an unfinished one goes on from its last checkpoint.
+    A finished run is left as it is; an unfinished one goes on from its last checkpoint. Of several processes the first
+    keeps ledger, curves and results, and alone needs the controls.
     """
-    if (run.folder / "results.json").exists():
+    if by_first(run.place, lambda: (run.folder / "results.json").exists()):
         return
     config, marking = run.config, run.config.segmentation
     assert marking is not None  # StudyConfig has it in front of classification
-    with open_ledger(run, split) as ledger:
+    plan = plan_of_run(run, split)
+    with open_ledger(run, split) if is_first() else nullcontext() as ledger:
         metrics = MetricsLog(run.folder / "metrics.jsonl", member=run.member)
+        trace = RoundTrace(trace_folder(run.folder) if run.profile else None)
         seg_task = make_segmentation_task(marking, seed=config.seed)
 
         def patches(patients: Sequence[Patient]) -> dict[str, Any]:
             return by_hospital(
                 (p for p in patients if p.truth is not None),
                 lambda p: cut_patches(p, marking, seed=evaluation.seed_of(config.seed, p.key)),
+                numbered=run.protects_patients,
             )
 
         seg_state, rounds_before = run_rounds(
             run, seg_task, marking, patches(split.train), patches(split.validation),
-            ledger, metrics, rounds_before=0,
+            ledger, metrics, trace, plan=plan, rounds_before=0,
         )  # fmt: skip
         segmenter = Segmenter(seg_task, marking)
-        scans = evaluation.Segmented(segmenter, seg_state.parameters)
-        scores = None
+        scans = evaluation.Segmented(segmenter, on_one_device(seg_state.parameters))
+        classified = None
         if config.classification is not None:
             stage = config.classification
             cls_task = make_classification_task(stage, seed=config.seed + 1)
@@ -279,25 +364,32 @@ def train_run(run: Run, split: Split, controls: evaluation.Controls) -> None:
                     image = masked_slices(patient.hu, scans.fused(patient), stage)
                     return {"image": image, "label": np.full(len(image), patient.label, np.int32)}
 
-                return by_hospital((p for p in patients if p.label is not None), of_patient)
+                labelled = (p for p in patients if p.label is not None)
+                return by_hospital(labelled, of_patient, numbered=run.protects_patients)
 
             trained = [p for p in split.train if p.hospital in run.hospitals]
             cls_state, rounds_before = run_rounds(
                 run, cls_task, stage, slices(trained), slices(split.validation),
-                ledger, metrics, rounds_before=rounds_before,
+                ledger, metrics, trace, plan=plan, rounds_before=rounds_before,
             )  # fmt: skip
-            classifier = Classifier(cls_task, stage)
-            scores = evaluation.score_patients(classifier, cls_state.parameters, scans, split)
-        plan = PrivacyPlan.build(config.privacy, num_hospitals=len(run.holders))
-        results = evaluation.results(split, scans, scores, controls, config, plan.statement(rounds_before))
-        evaluation.write_overlays(run.folder, split, scans, results)
-        findings = audit_run(run.folder, config, chain_id=run.chain_id)
-        for finding in findings:
-            if finding.status is Status.FAILED:
-                where = " ".join(str(part) for part in (finding.task, finding.round, finding.leaf) if part is not None)
-                raise ValueError(f"{run.folder}: {finding.check} {where}: {finding.detail}; see `capsfl verify`")
-        write_json(run.folder / "ledger.json", ledger_summary(ledger, findings))
-        write_json(run.folder / "results.json", results)
+            classified = Classifier(cls_task, stage), on_one_device(cls_state.parameters)
+
+        def score() -> None:
+            assert controls is not None
+            scores = None if classified is None else evaluation.score_patients(*classified, scans, split)
+            results = evaluation.results(split, scans, scores, controls, config, plan.statement(rounds_before))
+            evaluation.write_overlays(run.folder, split, scans, results)
+            findings = audit_run(run.folder, config, chain_id=run.chain_id)
+            for finding in findings:
+                if finding.status is Status.FAILED:
+                    where = " ".join(str(w) for w in (finding.task, finding.round, finding.leaf) if w is not None)
+                    raise ValueError(f"{run.folder}: {finding.check} {where}: {finding.detail}; see `capsfl verify`")
+            assert ledger is not None
+            write_json(run.folder / "ledger.json", ledger_summary(ledger, findings))
+            shutil.rmtree(run.folder / RECORDS, ignore_errors=True)  # patients' images: no longer than needed
+            write_json(run.folder / "results.json", results)
+
+        by_first(f"the results of {run.place}", score)
 
 
 def read_results(run: Run) -> dict[str, Any]:
@@ -311,12 +403,16 @@ def run_rounds(
     stage: RoundsConfig,
     records: Mapping[str, Any],
     validation: Mapping[str, Any],
-    ledger: Ledger,
+    ledger: Ledger | None,
     metrics: "MetricsLog",
+    trace: RoundTrace,
     *,
+    plan: PrivacyPlan,
     rounds_before: int,
 ) -> tuple[RoundState, int]:
     """Runs the rounds of one stage, each followed by a signed record and a checkpoint.
+
+    All processes run the rounds and save the checkpoints; the ledger's keeper alone scores and records them.
 
     Returns:
         The last state and how many rounds the run has spent privacy on so far.
@@ -324,49 +420,65 @@ def run_rounds(
     config = run.config
     federation = Federation(
         task,
-        run.arrange(records),
+        run.arrange(records, task.name),
         config=stage,
         privacy=config.privacy,
-        devices=config.devices,
+        devices=recall_chunk(run.folder, task.name, config.devices),
         seed=config.seed,
         stream=run.place,
+        secret=in_turn("the secret of the noise", lambda: open_run_secret(run)),
+        plan=plan,
     )
+    del records  # those on disk need not stay in memory
     held_out = stack_hospitals(validation) if validation else None
     total = stage.rounds
     if config.privacy.target_epsilon is not None:
-        total = min(total, federation.plan.max_rounds(config.privacy.target_epsilon) - rounds_before)
+        total = min(total, plan.max_rounds(config.privacy.target_epsilon) - rounds_before)
     state = federation.init()
     with open_checkpoints(run.folder / "checkpoints" / task.name, keep=config.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore(state, key=federation.key)
+        restored = checkpoints.restore(state, key=federation.fingerprint)
         if restored is not None:
             state = federation.place(restored.state)
-            ledger.reconcile(restored.ledger)
-            record = ledger.find(task.name, int(state.round))
-            check_recorded(record, state.parameters, run.folder / "checkpoints" / task.name / str(int(state.round)))
-        metrics.keep_until(task.name, int(state.round))
-        for _ in range(int(state.round), total):
-            watch = Stopwatch()
-            state, report = federation.step(state)
-            scores = federation.evaluate(state.parameters, held_out) if held_out else {}
-            spent = rounds_before + int(state.round)
-            epsilon = federation.plan.epsilon(spent)
-            ledger.append(round_record(run, task, state, report, federation.plan, epsilon))
-            metrics.append(task.name, report, scores, epsilon, watch)
-            checkpoints.save(
-                state,
-                key=federation.key,
-                accountant=federation.plan.statement(spent).to_json(),
-                ledger=ledger.export(),
-            )
+            if ledger is not None:
+                ledger.reconcile(restored.ledger)
+                record = ledger.find(task.name, int(state.round))
+                check_recorded(record, state.parameters, run.folder / "checkpoints" / task.name / str(int(state.round)))
+        if ledger is not None:
+            metrics.keep_until(task.name, int(state.round))
+        with trace.rounds(task.name, range(int(state.round) + 1, total + 1)) as numbers:
+            for _ in numbers:
+                watch = Stopwatch()
+                with part("train the cohort"):
+                    state, report = federation.step(state)
+                spent = rounds_before + int(state.round)
+                if ledger is not None:
+                    record_choice(run.folder, task.name, federation.choice)
+                    with part("evaluate"):
+                        scores = federation.evaluate(state.parameters, held_out) if held_out else {}
+                    with part("record in the ledger"):
+                        ledger.append(round_record(run, task, state, report, plan, spent))
+                        metrics.append(task.name, report, scores, plan.epsilon(spent), watch)
+                with part("save the checkpoint"):
+                    checkpoints.save(
+                        state,
+                        key=federation.fingerprint,
+                        accountant=plan.statement(spent).to_json(),
+                        ledger=b"-" if ledger is None else ledger.export(),  # Orbax writes what the first process gives
+                    )
     return state, rounds_before + int(state.round)
 
 
 def round_record(
-    run: Run, task: Task, state: RoundState, report: RoundReport, plan: PrivacyPlan, epsilon: float | None
+    run: Run, task: Task, state: RoundState, report: RoundReport, plan: PrivacyPlan, spent: int
 ) -> RoundRecord:
-    """What the ledger keeps of a round: digests, cohort and mechanism, and nothing un-noised."""
+    """What the ledger keeps of a round: digests, cohort and mechanism, and nothing un-noised.
+
+    The clip norm is the one of the round. Where it is the median of the hospitals' norms, nothing is accounted anyway.
+    """
     leaves = tensor_leaves(state.parameters)
-    privacy = run.config.privacy
+    privacy, epsilon = run.config.privacy, plan.epsilon(spent)
+    losses = () if plan.patients is None else plan.patients.losses(spent)
+    moves = privacy.clipping != "fixed"
     return RoundRecord(
         round=report.round,
         task=task.name,
@@ -374,43 +486,77 @@ def round_record(
         leaves=tuple(sorted(leaves.items())),
         cohort=report.cohort,
         sampler=privacy.sampler,
-        clip_norm=decimal(privacy.clip_norm),
+        clip_norm=decimal(report.clip_norm if moves and report.clip_norm is not None else privacy.clip_norm),
         noise_multiplier=decimal(privacy.noise_multiplier),
         expected_cohort=decimal(plan.expected_cohort),
-        epsilon=None if epsilon is None else decimal(epsilon),
-        delta=decimal(privacy.delta),
+        epsilon=_figure(epsilon),
+        delta=decimal(plan.delta),
         configuration_hash=run.config.digest(),
         code_version=version("capsfl"),
+        patients=tuple(
+            (loss.hospital, dict(plan.stage(task.name).patients)[loss.hospital], _figure(loss.epsilon))
+            for loss in sorted(losses, key=lambda loss: loss.hospital)
+        )
+        or None,
     )
+
+
+def _figure(epsilon: float | None) -> str | None:
+    return None if epsilon is None else decimal(epsilon)
 
 
 def open_ledger(run: Run, split: Split) -> Ledger:
     """Opens the run's ledger, or founds it: an owner's key, a key per holder of records, their registrations."""
     place, keys = run.folder / "ledger", run.folder / "keys"
     owner = open_key(keys / "owner.pem")
-    if Ledger.exists(place):
-        return Ledger.open(place, signer=owner)
-    registrations = []
-    for holder in run.holders:
+
+    def register(holder: str) -> Registration:
         signer = open_key(keys / f"holder-{holder}.pem")
         count = sum(holder in ("pooled", patient.hospital) for patient in split.train)
-        registrations.append(Registration(signer.hospital_id(), holder, signer.public_key, "lung CT", count))
-    return Ledger.create(place, signer=owner, chain_id=run.chain_id, registrations=registrations)
+        return Registration(signer.hospital_id(), holder, signer.public_key, "lung CT", count)
+
+    if not Ledger.exists(place):
+        registrations = [register(holder) for holder in run.holders]
+        return Ledger.create(place, signer=owner, chain_id=run.chain_id, registrations=registrations)
+    ledger = Ledger.open(place, signer=owner)
+    try:
+        if run.places:
+            record_members(ledger, run.hospitals, register, run.folder / "checkpoints")
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger
+
+
+def open_run_secret(run: Run) -> bytes | None:
+    """Returns the secret that the run's noise is drawn from, made on its first start; None where that is the seed."""
+    if run.config.privacy.noise_key == "seed":
+        return None
+    begun = any(step.name.isdigit() for step in (run.folder / "checkpoints").glob("*/*"))
+    return open_secret(run.folder / "keys" / "noise.secret", begun=begun)
 
 
 def open_key(path: Path) -> Signer:
     """Loads a signing key, or makes it on the run's first start."""
+    for draft in path.parent.glob(f".{path.name}.*.tmp"):
+        draft.unlink(missing_ok=True)  # a secret that a kill left half-way to its name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        Signer.generate().save(path)
-    return Signer.load(path)
+        save_key(Signer.generate(), path)
+    return load_key(path)
 
 
-def by_hospital(patients: Any, records_of: Any) -> dict[str, Any]:
-    """Concatenates the records of every hospital's patients: `{hospital: pytree of (records, ...)}`."""
+def by_hospital(patients: Any, records_of: Any, *, numbered: bool = False) -> dict[str, Any]:
+    """Concatenates the records of every hospital's patients: `{hospital: pytree of (records, ...)}`.
+
+    Where they are `numbered`, a leaf "patient" tells them apart, across hospitals too.
+    """
     found: dict[str, list[Any]] = {}
-    for patient in patients:
-        found.setdefault(patient.hospital, []).append(records_of(patient))
+    for number, patient in enumerate(patients):
+        records = records_of(patient)
+        if numbered:
+            records[PATIENT] = np.full(len(jax.tree.leaves(records)[0]), number, np.int32)
+        found.setdefault(patient.hospital, []).append(records)
     return {name: jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows) for name, rows in sorted(found.items())}
 
 
@@ -453,6 +599,8 @@ class MetricsLog:
             "cohort": list(report.cohort),
             "update_norm": report.update_norm,
             "not_finite": list(report.not_finite),
+            "dropped": list(report.dropped),
+            **({"votes": report.votes, "vote_weights": report.vote_weights} if report.votes else {}),
             "hospitals": hospitals,
         }
         with self._path.open("a", encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, atomic, readable without the model, and named when they are damaged."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -219,7 +221,68 @@ def test_a_damaged_round_names_itself_and_how_to_go_on(saved: Path, tmp_path: Pa
     assert same(restored.state, state_after(2))
 
 
+def test_a_round_of_another_model_or_optimizer_is_named_by_what_differs(saved: Path):
+    _, wider = nnx.split(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    message = r"3: made by another configuration: parameters\.kernel is \(3, 2\) there and \(4, 2\) here"
+    with open_checkpoints(saved) as checkpoints:
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore(RoundState(wider, OPTIMIZER.init(wider), jnp.int32(0)), key=KEY)
+        same_model = state_after(0).parameters
+        with pytest.raises(CheckpointError, match=r"configuration: server\.0\.count is \(\) there and absent here"):
+            checkpoints.restore(RoundState(same_model, optax.sgd(0.1).init(same_model), jnp.int32(0)), key=KEY)
+
+
+WRITE_ON_THREE = """
+import json, sys
+from pathlib import Path
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from capsfl.checkpoint import open_checkpoints
+from capsfl.federated.round import RoundState
+everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), ("x",)), PartitionSpec())
+state = jax.device_put(RoundState({"w": np.arange(6, dtype=np.float32).reshape(3, 2)}, (), np.int32(1)), everywhere)
+assert len(state.parameters["w"].sharding.device_set) == 3
+with open_checkpoints(Path(sys.argv[1])) as checkpoints:
+    checkpoints.save(state, key=jax.random.key(5), accountant={}, ledger=b"x")
+"""
+
+
+def test_what_several_devices_have_written_one_device_reads_and_resumes(tmp_path: Path):
+    subprocess.run(
+        [sys.executable, "-c", WRITE_ON_THREE, tmp_path / "c"], check=True, timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+    )  # fmt: skip
+    weights = {"w": np.arange(6, dtype=np.float32).reshape(3, 2)}
+    found = read_parameters(tmp_path / "c", 1)
+    assert found is not None
+    assert tensor_leaves(found) == tensor_leaves(weights)
+    like = RoundState({"w": jnp.zeros((3, 2))}, (), jnp.int32(0))
+    with open_checkpoints(tmp_path / "c") as checkpoints:
+        restored = checkpoints.restore(like, key=KEY)
+    assert restored is not None
+    assert same(restored.state.parameters, {"w": jnp.asarray(weights["w"])})
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file.*choose a writable `out`"):
         Checkpoints(tmp_path / "file" / "c")
+
+
+def test_a_bit_that_changes_in_anything_but_the_weights_is_named_too(saved: Path, tmp_path: Path):
+    """No record in the ledger vouches for the optimizer's state, and the store has no checksum on its values."""
+    folder = Path(shutil.copytree(saved, tmp_path / "c"))
+    with ocp.StandardCheckpointer() as files:
+        tree = files.restore(folder / "3" / "state")
+        moment = np.array(tree["server"]["0.mu.kernel"])
+        moment.view(np.uint8).flat[5] ^= 1
+        tree["server"]["0.mu.kernel"] = moment
+        shutil.rmtree(folder / "3" / "state")
+        files.save(folder / "3" / "state", tree)
+    with open_checkpoints(folder) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"3: server\.0\.mu\.kernel is not what was saved; delete this"):
+            checkpoints.restore(state_after(0), key=KEY)
+        restored = checkpoints.restore(state_after(0), key=KEY, round_number=2)
+    assert restored is not None
+    assert same(restored.state, state_after(2))

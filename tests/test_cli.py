@@ -51,7 +51,7 @@ def test_help_shows_the_files_own_values_and_the_fields_own_words(capsys):
     words = " ".join(out.replace("│", " ").split())
     assert "--privacy.clip-norm" in words
     assert "(default: 20.0)" in words
-    assert "the L2 norm a hospital's whole update is clipped to" in words
+    assert "the L2 norm a hospital's whole update, or a patient's gradient, is clipped to" in words
 
 
 def test_a_command_that_is_none_is_refused_with_the_ones_there_are(capsys):

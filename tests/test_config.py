@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capsfl.config import ArmConfig, ConfigError, StudyConfig, load_config
+from capsfl.sweeps.config import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = """
@@ -31,8 +32,9 @@ def load(tmp_path: Path, text: str) -> StudyConfig:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_configuration_of_the_repository_is_valid_and_hashable(path: Path):
-    config = load_config(path)
-    assert hash(config) == hash(load_config(path))
+    read = load_sweep if path.name.startswith("sweep") else load_config
+    config = read(path)
+    assert hash(config) == hash(read(path))
     assert config.out.startswith("runs/")
 
 
@@ -40,7 +42,9 @@ def test_every_configuration_of_the_repository_is_valid_and_hashable(path: Path)
     ("text", "field", "value"),
     [
         pytest.param("seeds = 1", "seeds", "unknown key", id="unknown key"),
-        pytest.param("[privacy]\nclip_norm = 1.0\nnoise = 1.0", "privacy.noise", "unknown key", id="unknown key below"),
+        pytest.param(
+            "[privacy]\nclip_norm = 1.0\nnoises = 1.0", "privacy.noises", "unknown key", id="key below"
+        ),
         pytest.param("seed = 1.0", "seed", "= 1.0", id="float for int"),
         pytest.param("seed = true", "seed", "= true", id="bool for int"),
         pytest.param("[privacy]\nclip_norm = '1'", "privacy.clip_norm", '= "1"', id="string for float"),

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from capsfl.config import DataConfig, StudyConfig
 from capsfl.learning.patients import Patient
-from capsfl.study import StudyFolder, StudyFolderError, disk_errors, load_study_config, split_patients, write_json
+from capsfl.membership import MembershipError
+from capsfl.study import (
+    StudyFolder,
+    StudyFolderError,
+    disk_errors,
+    load_study_config,
+    split_patients,
+    study_hospitals,
+    write_json,
+)
 
 
 def study(out: Path, **changes: object) -> StudyConfig:
@@ -61,6 +70,38 @@ def test_the_time_of_a_resumed_stage_adds_up(tmp_path: Path):
         (stage,) = json.loads((tmp_path / "study.json").read_text())["stages"]
         seconds.append(stage["seconds"])
     assert 0 < seconds[0] < seconds[1]
+
+
+def test_a_folder_where_a_run_is_at_work_is_refused_by_name_and_free_when_it_has_ended(tmp_path: Path):
+    config = study(tmp_path / "run")
+    message = "another `capsfl train` is at work in it; wait for it to end"
+    with StudyFolder.open(config), pytest.raises(StudyFolderError, match=message):
+        StudyFolder.open(config)
+    with StudyFolder.open(config):
+        pass
+
+
+def test_a_kill_while_a_folder_is_founded_leaves_one_that_can_be_founded(tmp_path: Path):
+    config = study(tmp_path)
+    StudyFolder.open(config)
+    (tmp_path / "study.json").rename(tmp_path / ".study.json.partial")
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".study.json.partial"}
+    StudyFolder.open(config)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "study.json"}
+
+
+def test_hospitals_that_come_or_go_between_two_starts_are_refused_until_the_study_has_places(tmp_path: Path):
+    with StudyFolder.open(study(tmp_path)) as folder:
+        assert folder.seat(["A", "B"], places=None) == ("A", "B")
+        assert folder.seat(["A", "C"], places=None) == ("A", "C"), "nothing was trained yet"
+    begin(tmp_path)
+    with StudyFolder.open(study(tmp_path)) as folder:
+        with pytest.raises(MembershipError, match=f"{tmp_path}: begun with the hospitals A, C, .* B joined and C left"):
+            folder.seat(["A", "B"], places=None)
+        assert folder.seat(["A", "B"], places=3) == ("A", "C", "B")
+    with StudyFolder.open(study(tmp_path)) as folder:
+        assert folder.seat(["B"], places=3) == ("A", "C", "B")
+    assert study_hospitals(tmp_path) == ("B",)
 
 
 def test_a_folder_with_a_training_in_it_belongs_to_its_configuration(tmp_path: Path):

@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +25,7 @@ from capsfl.ct.lungs import body_mask
 from capsfl.ct.nifti import read_nifti, read_nifti_mask
 from capsfl.ct.normalize import VolumeConfig, standardize
 from capsfl.ct.volumes import FORMAT, VERSION, read_attributes, write_volume
+from capsfl.workers import die_with_parent, is_running
 
 logger = logging.getLogger(__name__)
 
@@ -181,38 +182,31 @@ def _single(source: Path, series: str | None, salt: bytes) -> ScanEntry:
 
 
 def _salt(out: Path) -> bytes:
-    """The folder's secret for pseudonyms, made on first use and readable by its owner only."""
+    """The folder's secret for pseudonyms, made whole or not at all and readable by its owner only."""
     path = out / SALT
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    with os.fdopen(descriptor, "wb") as stream:
-        salt = secrets.token_bytes(32)
-        stream.write(salt)
-    return salt
+    if not path.exists():
+        draft = out / f"{SALT}.{os.getpid()}.partial"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(secrets.token_bytes(32))
+            with suppress(FileExistsError):  # another process was faster, and its salt counts
+                os.link(draft, path)
+        finally:
+            draft.unlink()
+    return path.read_bytes()
 
 
 def _sweep(out: Path) -> None:
     """Remove what killed processes of this machine left beside the volumes."""
     for left in [*out.glob("*/.*.partial"), *out.glob("*/.*.old"), *out.glob(".*.partial")]:
         owner = left.name.split(".")[-2]
-        if not owner.isdigit() or _runs(int(owner)):
+        if not owner.isdigit() or is_running(int(owner)):
             continue
         if left.is_dir():
             shutil.rmtree(left)
         else:
             left.unlink()
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _outcomes(
@@ -246,7 +240,7 @@ def _outcomes(
                 bar.advance(task)
             return
         # Threads of the main process (jax, TensorStore) do not survive a fork, so workers start afresh.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
             with _one_thread_each():
                 futures = {
                     pool.submit(_ingest_one, entries[position], out, config, salt): position for position in pending

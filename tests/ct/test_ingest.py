@@ -216,6 +216,24 @@ def test_an_unwritable_output_is_named(collection, tmp_path):
         run(collection, tmp_path / "file")
 
 
+def test_a_salt_is_made_whole_or_not_at_all(collection, tmp_path, monkeypatch):
+    """One without its bytes would be kept, and pseudonyms made with it could be guessed from names."""
+
+    def die(_: int) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secrets.token_bytes", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(collection / "dicom" / "a1", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    run(collection / "dicom" / "a1", tmp_path / "out")
+    salt = tmp_path / "out" / ".pseudonym-salt"
+    assert len(salt.read_bytes()) == 32
+    assert stat.S_IMODE(salt.stat().st_mode) == 0o600
+    assert salt.stat().st_nlink == 1
+
+
 def test_leftovers_of_killed_processes_are_swept(collection, tmp_path):
     out = tmp_path / "out"
     dead = out / "alpha" / ".A-1.zarr.999999999.partial"

@@ -137,22 +137,36 @@ def capsfl(environment: Mapping[str, str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Runs a command that must be refused; returns the one line it prints.
+def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs a command in this process, since starting Python costs more than a short command does.
 
-    In this process, since starting Python costs more than the refusal; test_bad_input also starts a few.
+    Every command is also run in a process of its own by some journey.
     """
     # `main` sets these for its process, which is ours here.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setenv("COLUMNS", "120")
 
-    def run(*words: str | Path) -> str:
+    def run(*words: str | Path, expect: int | None = 0) -> Outcome:
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main([str(word) for word in words])
-        message = capsys.readouterr().err
-        assert exit_.value.code == 2, message
+        found = capsys.readouterr()
+        code = exit_.value.code
+        assert isinstance(code, int)
+        assert expect is None or code == expect, f"{words}: {found.out}\n{found.err}"
+        return Outcome(code, found.out, found.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(here: Callable[..., Outcome]) -> Callable[..., str]:
+    """Runs a command that must be refused; returns the one line it prints. test_bad_input also starts a few."""
+
+    def run(*words: str | Path) -> str:
+        message = here(*words, expect=2).err
         assert message.endswith("\n")
         assert len(message.splitlines()) == 1, message
         assert "Traceback" not in message
@@ -197,9 +211,17 @@ def configuration(phantom: Path) -> Callable[[Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def study(once: Callable[..., Path], capsfl: Callable[..., Outcome], configuration: Callable[[Path], Path]) -> Study:
-    """A finished study; read it, never change it."""
-    run = once("study", lambda place: capsfl("train", configuration(place)))
+def study(once: Callable[..., Path], environment: Mapping[str, str], configuration: Callable[[Path], Path]) -> Study:
+    """A finished study; read it, never change it. Its keys are known, so that killed studies can be like it."""
+
+    def build(place: Path) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("killed.py")), "record", os.devnull, "--", "train"]
+        done = subprocess.run(
+            [*command, str(configuration(place))], capture_output=True, text=True, timeout=PATIENCE_S, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+
+    run = once("study", build)
     return Study(run.with_suffix(".toml"), run)
 
 

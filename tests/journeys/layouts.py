@@ -1,6 +1,7 @@
 """Two rounds of one federation on one device, by pmap and by shard_map; prints how far the weights differ.
 
-test_devices runs this in a process with four devices: five hospitals of unlike size, so that some slots stay empty.
+test_devices runs this in a process with four devices: a small capsule network and five hospitals of unlike size, so
+that some slots stay empty.
 """
 
 import json
@@ -10,24 +11,26 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from capsfl.federated import DevicesConfig, Federation, LocalConfig, RoundsConfig, stack_hospitals
-from capsfl.learning.segmentation import SegmentationConfig, make_segmentation_task
-from capsfl.models.segcaps import SegCapsConfig
+from capsfl.learning.classification import ClassificationConfig, make_classification_task
+from capsfl.models.capsnet import CapsNetConfig
 from capsfl.privacy.plan import PrivacyConfig
 
 
 def weights_by(layout: str, chunk: int | None) -> np.ndarray:
     """All weights after two rounds, as one vector."""
-    config = SegmentationConfig(model=SegCapsConfig(width=0.13, num_iters=1), crop=16)
+    network = CapsNetConfig(
+        image_size=16, conv_channels=16, conv_kernel=5, primary_capsules=4, primary_kernel=5, reconstruction=False
+    )
     generator = np.random.default_rng(0)
     records = {
         f"hospital-{number}": {
             "image": generator.normal(size=(number + 1, 16, 16, 1)).astype(np.float32) / 4,
-            "truth": (generator.random((number + 1, 16, 16)) < 0.3).astype(np.float32),
+            "label": generator.integers(0, 2, number + 1).astype(np.int32),
         }
         for number in range(5)
     }
     federation = Federation(
-        make_segmentation_task(config, seed=0),
+        make_classification_task(ClassificationConfig(model=network), seed=0),
         stack_hospitals(records),
         config=RoundsConfig(rounds=2, local=LocalConfig(optimizer="sgd", learning_rate=0.05, batch_size=2)),
         privacy=PrivacyConfig(clip_norm=0.5, noise_multiplier=0.1),

@@ -12,6 +12,8 @@ import pytest
 from matplotlib.image import imsave
 
 from capsfl.checkpoint import Checkpoints
+from capsfl.config import load_config
+from capsfl.study import StudyFolder
 
 pytestmark = pytest.mark.journey
 
@@ -91,6 +93,68 @@ def test_training_on_a_bad_scan_names_it_and_the_same_folder_serves_when_it_is_m
     assert "data.field" in refused("train", config, "--data.field", "36", "64", "64")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("privacy.clip-norm", "nan"),
+        ("privacy.clip-norm", "0"),
+        ("privacy.noise-multiplier", "-1"),
+        ("privacy.delta", "0"),
+        ("privacy.cohort", "0"),
+        ("segmentation.rounds", "0"),
+        ("segmentation.local.learning-rate", "-0.1"),
+        ("segmentation.local.batch-size", "0"),
+        ("segmentation.server.learning-rate", "inf"),
+        ("devices.chunk", "-1"),
+        ("devices.coordinator", "node01"),
+        ("places", "0"),
+    ],
+)
+def test_a_parameter_that_makes_no_sense_is_refused_by_its_dotted_name(
+    configuration, tmp_path: Path, refused, field: str, value: str
+):
+    message = refused("train", configuration(tmp_path / "run"), f"--{field}", value)
+    assert field.replace("-", "_").rpartition(".")[2] in message.replace("-", "_")
+    assert value in message.casefold()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def ingested(study, tmp_path: Path) -> Path:
+    """A study folder in which nothing is trained, and the scans are volumes already."""
+    place = tmp_path / "run"
+    place.mkdir()
+    shutil.copy(study.run / "study.json", place)
+    shutil.copytree(study.run / "volumes", place / "volumes")
+    return place
+
+
+def test_a_cohort_larger_than_the_federation_is_refused_before_training(ingested: Path, configuration, refused):
+    words = ("--privacy.sampler", "poisson", "--privacy.cohort", "5")
+    message = refused("train", configuration(ingested), *words)
+    assert "privacy.cohort = 5: must lie between 1 and the number of hospitals (3)" in message
+    assert not (ingested / "federated").exists()
+
+
+def test_more_hospitals_than_places_are_refused_by_name(ingested: Path, configuration, refused):
+    message = refused("train", configuration(ingested), "--places", "2")
+    assert "places = 2: 0 are taken" in message
+    assert "hospital-A, hospital-B, hospital-C would join" in message
+    assert not (ingested / "federated").exists()
+
+
+def test_a_label_outside_the_classes_is_refused_by_its_line(phantom: Path, configuration, tmp_path: Path, refused):
+    manifest = tmp_path / "manifest.csv"
+    lines = (phantom / "manifest.csv").read_text().splitlines()
+    column = lines[0].split(",").index("label")
+    cells = lines[1].split(",")
+    cells[column] = "2"
+    manifest.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]))
+    message = refused("train", configuration(tmp_path / "run"), "--data.source", manifest, "--data.root", phantom)
+    assert f"{manifest}" in message
+    assert "label is '2'" in message
+
+
 @pytest.mark.parametrize("field", ["seed", "segmentation.rounds", "privacy.noise-multiplier"])
 def test_a_folder_made_by_another_configuration_is_refused_naming_field_and_values(study, refused, field):
     message = refused("train", study.config, f"--{field}", "7")
@@ -107,6 +171,14 @@ def test_a_folder_that_holds_something_else_is_not_touched(configuration, tmp_pa
     message = refused("train", configuration(out))
     assert str(out) in message
     assert [path.name for path in out.iterdir()] == ["chapter.tex"]
+
+
+def test_a_study_that_another_command_is_at_work_in_is_refused_by_name(study_copy: Path, configuration, refused):
+    config = configuration(study_copy)
+    with StudyFolder.open(load_config(config)):
+        message = refused("train", config)
+    assert str(study_copy) in message
+    assert "another `capsfl train` is at work in it; wait for it to end or choose another `out`" in message
 
 
 @pytest.mark.parametrize("command", ["predict", "report", "verify"])
@@ -155,33 +227,32 @@ def used_bytes(folder: Path) -> int:
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.torture
 def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
-    mounted: Path, study, configuration, tmp_path: Path, capsfl
+    mounted: Path, study, configuration, tmp_path: Path, capsfl, here
 ):
     mount(mounted, "size=100k")
     out, config = mounted / "run", configuration(tmp_path / "run")
     volumes, training = used_bytes(study.run / "volumes"), used_bytes(study.run / "federated")
-    for size, stopped_at in (
-        (volumes // 3, ("run/volumes",)),
-        # Checkpoints are written beside the ledger: either may be the first to find the disk full.
-        (volumes + training // 3, ("run/federated/checkpoints/segmentation", "run/federated/ledger/log")),
-        (volumes + 2 * training // 3, ("run",)),
-        (volumes + 9 * training // 10, ("run",)),
-    ):
+    # In training ledger, curves and checkpoints are written: any of them may be the first to find the disk full.
+    stops = [(volumes // 3, ("run/volumes",)), (volumes + training // 3, ("run",))]
+    if "CAPSFL_TORTURE" in os.environ:
+        stops += [(volumes + share * training // 10, ("run",)) for share in (5, 7, 9)]
+    for size, stopped_at in stops:
         subprocess.run(["mount", "-o", f"remount,size={size}", str(mounted)], check=True)
         line = capsfl("train", config, "--out", out, expect=2).err
         assert len(line.splitlines()) == 1, line
-        assert any(str(mounted / place) in line for place in stopped_at)
+        assert any(str(mounted / place) in line for place in stopped_at), line
         assert "No space left on device" in line
         assert "free space" in line
         assert not [path for path in half_written(out) if "orbax" not in path.name]
     subprocess.run(["mount", "-o", "remount,size=500m", str(mounted)], check=True)
     capsfl("train", config, "--out", out)
     assert not half_written(out)
-    assert capsfl("verify", out).code == 0
+    assert here("verify", out).code == 0
 
 
-@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO])
 def test_an_error_of_the_disk_at_a_checkpoint_names_it_and_leaves_the_rounds_before(
     study_copy: Path, configuration, refused, monkeypatch: pytest.MonkeyPatch, fault: int
 ):

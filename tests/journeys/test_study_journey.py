@@ -14,7 +14,7 @@ from capsfl.checkpoint import read_parameters
 from capsfl.ct.dicom import read_dicom
 from capsfl.ct.nifti import RAS_TO_LPS, REVERSE
 from capsfl.ledger.chain import Ledger
-from capsfl.ledger.keys import Signer
+from capsfl.ledger.keyfiles import load_key
 
 pytestmark = pytest.mark.journey
 
@@ -80,7 +80,7 @@ def test_an_untouched_study_verifies_and_says_so_in_json(study, capsfl):
     statuses = {(row["check"], row["status"]) for row in answer["runs"]["federated"]}
     assert statuses == {
         ("structure", "OK"), ("witness", "UNVERIFIABLE"), ("tensors", "OK"), ("epsilon", "OK"),
-        ("configuration", "OK"), ("coverage", "OK"), ("identity", "OK"),
+        ("configuration", "OK"), ("mechanism", "OK"), ("coverage", "OK"), ("identity", "OK"),
     }  # fmt: skip
 
 
@@ -89,13 +89,13 @@ def failures(answer: str) -> list[dict]:
     return [row for row in json.loads(answer)["runs"]["federated"] if row["status"] == "FAILED"]
 
 
-def test_one_flipped_bit_in_a_checkpoint_is_named(study_copy: Path, capsfl):
+def test_one_flipped_bit_in_a_checkpoint_is_named(study_copy: Path, here):
     data = study_copy / "federated/checkpoints/segmentation/2/state/ocdbt.process_0/d"
     file = max(data.iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    answer = capsfl("verify", study_copy, "--json", expect=1)
+    answer = here("verify", study_copy, "--json", expect=1)
     (finding,) = failures(answer.out)
     assert (finding["check"], finding["task"], finding["round"]) == ("tensors", "segmentation", 2)
     # Within an array's bytes the flip shows as another tensor; within the store's own, the round is unreadable.
@@ -109,7 +109,7 @@ def leaves(run: Path, round_number: int) -> set[str]:
     return {".".join(path[1:]) for path in paths if path[0] == "parameters"}
 
 
-def test_one_weight_changed_by_the_smallest_step_is_named_with_its_tensor(study_copy: Path, capsfl):
+def test_one_weight_changed_by_the_smallest_step_is_named_with_its_tensor(study_copy: Path, here):
     place = study_copy / "federated/checkpoints/segmentation/1/state"
     leaf = sorted(leaves(study_copy, 1))[3]
     with ocp.StandardCheckpointer() as files:
@@ -120,7 +120,7 @@ def test_one_weight_changed_by_the_smallest_step_is_named_with_its_tensor(study_
         shutil.rmtree(place)
         files.save(place, tree)
     assert (read_parameters(place.parent.parent, 1) or {})[leaf].flat[0] == weights.flat[0]
-    answer = capsfl("verify", study_copy, expect=1)
+    answer = here("verify", study_copy, expect=1)
     assert f"tensors segmentation round 1 {leaf}: tensor {leaf} is not the recorded one" in answer.out
 
 
@@ -134,31 +134,31 @@ def frames(log: bytes) -> list[bytes]:
     return found
 
 
-def test_a_record_removed_from_the_ledger_is_named(study_copy: Path, capsfl):
+def test_a_record_removed_from_the_ledger_is_named(study_copy: Path, here):
     log = study_copy / "federated/ledger/log"
     blocks = frames(log.read_bytes())
     assert len(blocks) == 5  # the founding block and four rounds
     log.write_bytes(b"".join(blocks[:2] + blocks[3:]))
-    answer = failures(capsfl("verify", study_copy, "--json", expect=1).out)
+    answer = failures(here("verify", study_copy, "--json", expect=1).out)
     assert answer[0]["check"] == "structure"
     assert answer[0]["detail"].startswith("block 2: ")
     lost = {(row["task"], row["round"]) for row in answer if row["check"] == "coverage"}
     assert lost == {("segmentation", 2), ("classification", 1)}
 
 
-def test_a_rollback_shows_against_a_head_kept_elsewhere(study, study_copy: Path, tmp_path: Path, capsfl):
+def test_a_rollback_shows_against_a_head_kept_elsewhere(study, study_copy: Path, tmp_path: Path, here):
     """Whoever owns the key can sign a shorter history, drop its checkpoints, and look whole."""
     witness = tmp_path / "head"
     shutil.copy(study.run / "federated/ledger/head", witness)
-    assert capsfl("verify", study_copy, "--witness", witness).code == 0
+    assert here("verify", study_copy, "--witness", witness).code == 0
     ledger = study_copy / "federated/ledger"
     log = ledger / "log"
     log.write_bytes(b"".join(frames(log.read_bytes())[:4]))
     (ledger / "head").unlink()
     resign(study_copy)
     shutil.rmtree(study_copy / "federated/checkpoints/classification/2")
-    assert capsfl("verify", study_copy).code == 0, "without a witness nothing can show"
-    answer = capsfl("verify", study_copy, "--witness", witness, expect=1)
+    assert here("verify", study_copy).code == 0, "without a witness nothing can show"
+    answer = here("verify", study_copy, "--witness", witness, expect=1)
     assert "the witness saw 5 blocks, this ledger has 4: it was rolled back" in answer.out
 
 
@@ -167,11 +167,11 @@ def resign(run: Path) -> None:
     ledger = run / "federated/ledger"
     data = (ledger / "log").read_bytes()
     (ledger / "log").unlink()
-    Ledger.restore(ledger, data, signer=Signer.load(run / "federated/keys/owner.pem")).close()
+    Ledger.restore(ledger, data, signer=load_key(run / "federated/keys/owner.pem")).close()
     assert (ledger / "log").read_bytes() == data
 
 
-def test_epsilon_answers_in_flat_json(capsfl):
+def test_epsilon_answers_in_flat_json(capsfl, here):
     answer = json.loads(
         capsfl(
             "epsilon", "--hospitals", "100", "--cohort", "10", "--noise-multiplier", "1.1",
@@ -182,7 +182,7 @@ def test_epsilon_answers_in_flat_json(capsfl):
     assert {"epsilon", "relation", "unit", "accountant"} <= answer.keys()
     assert 0 < answer["epsilon"] < 10
     solved = json.loads(
-        capsfl(
+        here(
             "epsilon", "--hospitals", "100", "--cohort", "10", "--rounds", "50", "--delta", "1e-3",
             "--target-epsilon", str(answer["epsilon"]), "--json",
         ).out

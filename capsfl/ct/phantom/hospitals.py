@@ -19,6 +19,7 @@ from capsfl.ct.phantom.anatomy import patient
 from capsfl.ct.phantom.cohort import PhantomConfig, Subject, cohort
 from capsfl.ct.phantom.scanners import acquire
 from capsfl.ct.phantom.series import write_mask, write_series
+from capsfl.workers import die_with_parent
 
 _VERSION = 1
 _COLUMNS = ("patient", "hospital", "image", "scanner", "label", "mask", "split")
@@ -135,7 +136,7 @@ def _write_all(out: Path, config: PhantomConfig, pending: list[Subject], workers
             yield
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
         try:
             with _single_threaded_children():
                 remaining = {pool.submit(_write_patient, out, config, subject) for subject in pending}

@@ -1,0 +1,111 @@
+"""The mechanism that a ledger records is held against the configuration, round by round and hospital by hospital."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capsfl.audit import check_mechanism, plan_of_records
+from capsfl.config import SegmentationStage, StudyConfig
+from capsfl.ct.phantom import PhantomConfig
+from capsfl.ledger.canonical import decimal
+from capsfl.ledger.keys import Signer
+from capsfl.ledger.records import Registration, RoundRecord, parameters_root
+from capsfl.ledger.verify import Status
+from capsfl.privacy.events import PrivacyError
+from capsfl.privacy.patient_plan import Stage
+from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan
+
+PATIENTS = (("A", 12), ("B", 30))
+PRIVATE = PrivacyConfig(
+    unit="patient", clip_norm=0.5, noise_multiplier=2.0, expected_patients=4, patient_truncation=12, delta=1e-3
+)
+LEAVES = (("weights", "ab" * 32),)
+
+
+def study(privacy: PrivacyConfig) -> StudyConfig:
+    return StudyConfig(phantom=PhantomConfig(), segmentation=SegmentationStage(rounds=2), privacy=privacy)
+
+
+@pytest.fixture(scope="module")
+def registrations() -> list[Registration]:
+    found = []
+    for name, count in PATIENTS:
+        key = Signer.generate()
+        found.append(Registration(key.hospital_id(), name, key.public_key, "lung CT", count))
+    return found
+
+
+def record(number: int, **changes) -> RoundRecord:
+    """What an honest run writes of a round; `changes` are lies."""
+    plan = PrivacyPlan.build(PRIVATE, num_hospitals=2, stages=[Stage("segmentation", 2, 1, PATIENTS)])
+    assert plan.patients is not None
+    losses = plan.patients.losses(number)
+    honest = RoundRecord(
+        round=number, task="segmentation", parameters_digest=parameters_root(dict(LEAVES)), leaves=LEAVES,
+        cohort=("A", "B"), sampler="all", clip_norm="0.5", noise_multiplier="2.0", expected_cohort="2.0",
+        epsilon=decimal(plan.epsilon(number) or 0.0), delta="0.001", configuration_hash="0" * 64, code_version="1",
+        patients=tuple((loss.hospital, loss.patients, decimal(loss.epsilon or 0.0)) for loss in losses),
+    )  # fmt: skip
+    return replace(honest, **changes)
+
+
+def check(records, registrations, privacy=PRIVATE):
+    plan = plan_of_records(records, study(privacy), holders=len(registrations))
+    return check_mechanism(Path("nowhere"), [*registrations, *records], plan)
+
+
+def test_an_honest_run_is_as_configured(registrations):
+    findings = check([record(1), record(2)], registrations)
+    assert [finding.status for finding in findings] == [Status.OK, Status.OK]
+
+
+HONEST: Any = record(2).patients
+
+
+@pytest.mark.parametrize(
+    ("lie", "detail"),
+    [
+        ({"sampler": "poisson"}, "sampler: recorded poisson, by configuration all"),
+        ({"clip_norm": "5.0"}, "clip_norm: recorded 5.0, by configuration 0.5"),
+        ({"noise_multiplier": "4.0"}, "noise_multiplier: recorded 4.0"),
+        ({"expected_cohort": "3.0"}, "expected_cohort: recorded 3.0"),
+        ({"delta": "0.1"}, "delta: recorded 0.1"),
+        ({"patients": None}, "patients of A: recorded None"),
+        ({"patients": HONEST[1:]}, "patients of A: recorded None"),
+        (
+            {"patients": (("A", 24, HONEST[0][2]), HONEST[1])},
+            "patients of A: recorded 24, 12 in the task's first round",
+        ),
+        ({"patients": (("A", 12, "0.01"), HONEST[1])}, "epsilon of A's patients: recorded 0.01, recomputed"),
+        ({"patients": (HONEST[0], ("B", 30, None))}, "epsilon of B's patients: recorded None, recomputed"),
+    ],
+)
+def test_a_lie_about_the_mechanism_is_named(registrations, lie, detail):
+    first, second = check([record(1), record(2, **lie)], registrations)
+    assert first.status is Status.OK
+    assert (second.status, second.round) == (Status.FAILED, 2)
+    assert second.detail.startswith(detail)
+
+
+def test_patients_beyond_those_registered_are_named(registrations):
+    """More patients would mean a smaller epsilon, and whoever registered fewer does not have them."""
+    many = (("A", 12, "1.0"), ("B", 300, "0.1"))
+    findings = check([record(1, patients=many)], registrations)
+    assert findings[0].status is Status.FAILED
+    assert findings[0].detail == "patients of B: recorded 300, 300 in the task's first round, 30 registered"
+
+
+def test_records_without_patients_fit_no_plan_of_patients(registrations):
+    with pytest.raises(PrivacyError, match="needs the number of each hospital's patients"):
+        plan_of_records([record(1, patients=None)], study(PRIVATE), holders=2)
+
+
+def test_a_quantile_run_records_the_norm_of_its_round(registrations):
+    privacy = PrivacyConfig(clip_norm=0.1, noise_multiplier=2.0, clipping="quantile")
+    words: dict[str, Any] = {"patients": None, "delta": "1e-05"}
+    right = record(1, clip_norm=decimal(0.10000000149011612), **words)
+    assert check([right], registrations, privacy)[0].status is Status.OK
+    wrong = record(1, clip_norm="0.2", **words)
+    assert check([wrong], registrations, privacy)[0].detail.startswith("clip_norm: recorded 0.2")
