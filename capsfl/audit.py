@@ -17,6 +17,7 @@ from capsfl.ledger.chain import Ledger
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.log import survey
 from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord
+from capsfl.ledger.statements import Revocation
 from capsfl.ledger.verify import Finding, Status, verify
 from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.patient_plan import PatientLoss, Stage
@@ -68,6 +69,9 @@ def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head:
             mechanism = check_mechanism(folder, records, plan)
         except PrivacyError as error:
             mechanism = [Finding("mechanism", Status.FAILED, detail=f"the records fit no plan: {error}")]
+        except Exception as error:  # hostile records must not stop the auditor
+            line = f"{type(error).__name__} {error}".splitlines()[0][:200]
+            mechanism = [Finding("mechanism", Status.FAILED, detail=f"the records fit no plan: {line}")]
 
     def recompute_leaves(record: RoundRecord) -> Mapping[str, str] | None:
         parameters = read_parameters(folder / "checkpoints" / record.task, record.round)
@@ -85,7 +89,8 @@ def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head:
         configuration_hash=config.digest(),
         witness_head=witness_head,
     )
-    return findings + mechanism + _check_identity(records, chain_id) + _check_coverage(folder, order)
+    sequence = check_sequence(records, config)
+    return findings + mechanism + sequence + _check_identity(records, chain_id) + _check_coverage(folder, order)
 
 
 def plan_of_records(rounds: Sequence[RoundRecord], config: StudyConfig, *, holders: int) -> PrivacyPlan:
@@ -159,6 +164,34 @@ def _compare_patients(
     return None, f"as configured, with the epsilon of the patients of {len(losses)} hospitals"
 
 
+def check_sequence(records: Sequence[Record], config: StudyConfig) -> list[Finding]:
+    """Tells whether the rounds are those that the configuration runs: a round left out would hide what it cost."""
+    rounds = [record for record in records if isinstance(record, RoundRecord)]
+    done = {"segmentation": 0, "classification": 0}
+    wrong: str | None = None
+    for record in rounds:
+        stage = getattr(config, record.task) if record.task in done else None
+        if stage is None:
+            wrong = f"{record.task} is no stage of this configuration"
+        elif record.round != done[record.task] + 1:
+            wrong = f"{record.task} round {record.round} follows round {done[record.task]}"
+        elif record.round > stage.rounds:
+            wrong = f"{record.task} round {record.round} of {stage.rounds}"
+        elif record.task == "classification" and config.segmentation is not None:
+            expected = config.segmentation.rounds
+            if done["segmentation"] != expected:
+                wrong = f"classification begins after {done['segmentation']} of {expected} rounds of segmentation"
+        if wrong is not None:
+            return [Finding("sequence", Status.FAILED, record.round, record.task, None, wrong)]
+        done[record.task] += 1
+    begun = next((place for place, record in enumerate(records) if isinstance(record, RoundRecord)), len(records))
+    late = [record for record in records[begun:] if isinstance(record, Registration | Revocation)]
+    if late and config.places is None:
+        detail = f"{len(late)} hospitals registered or revoked after the first round, without `places`"
+        return [Finding("sequence", Status.FAILED, detail=detail)]
+    return [Finding("sequence", Status.OK, detail=f"{len(rounds)} rounds, none left out")]
+
+
 def _check_identity(records: Sequence[Record], chain_id: str) -> list[Finding]:
     """Tells whether the ledger is this run's, and not that of another run or study put in its place."""
     found = [record.chain_id for record in records if isinstance(record, Genesis)]
@@ -172,7 +205,8 @@ def _check_coverage(folder: Path, recorded: Sequence[tuple[str, int]]) -> list[F
     """Names checkpoints that no record vouches for: rounds whose records were cut off the ledger's end."""
     findings = []
     for task in sorted(path for path in (folder / "checkpoints").glob("*") if path.is_dir()):
-        rounds = sorted(int(step.name) for step in task.iterdir() if step.name.isdigit())
+        steps = [step.name for step in task.iterdir() if step.name.isascii() and step.name.isdecimal()]
+        rounds = sorted(int(step) for step in steps)
         missing = [number for number in rounds if (task.name, number) not in recorded]
         if missing:
             detail = f"checkpoints of rounds {missing} have no record in the ledger"
@@ -239,6 +273,24 @@ def _is_of_chain(witness_head: bytes | None, folder: Path) -> bool:
         return True
 
 
+def _hidden_places(study: Path, config: StudyConfig, runs: Sequence[tuple[ArmConfig, str]]) -> list[str]:
+    """Folders of hospitals' own runs that `study.json`, which nobody signs, does not name."""
+    listed = {place for _, place in runs}
+    locals_ = [arm.name for arm in config.arms if arm.partition == "local"]
+    places = {
+        f"{arm}/{part.parent.name}"
+        for arm in locals_
+        for name in ("ledger", "checkpoints")
+        for part in (study / arm).glob(f"*/{name}")
+    }
+    return sorted(places - listed)
+
+
+def _unlisted(place: str) -> Finding:
+    detail = f"{place} holds a run that study.json does not name"
+    return Finding("coverage", Status.FAILED, detail=detail)
+
+
 def audit_study(study: Path, *, witness_head: bytes | None = None) -> dict[str, list[Finding]]:
     """Checks every run of a study: `{run: findings}`; a witness head is held against the chain it names.
 
@@ -247,7 +299,7 @@ def audit_study(study: Path, *, witness_head: bytes | None = None) -> dict[str, 
     """
     config = load_study_config(study)
     runs = run_places(study, config)
-    found: dict[str, list[Finding]] = {}
+    found: dict[str, list[Finding]] = {place: [_unlisted(place)] for place in _hidden_places(study, config, runs)}
     for arm, place in runs:
         folder = study / place
         witness = witness_head if len(runs) == 1 or _is_of_chain(witness_head, folder) else None

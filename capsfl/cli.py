@@ -1,4 +1,4 @@
-"""The command line: `capsfl train|sweep|ingest|phantom|predict|report|verify|ledger|epsilon|bench|doctor`."""
+"""The command line: `capsfl train|sweep|ingest|phantom|predict|report|verify|ledger|epsilon|audit|bench|doctor`."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from capsfl.arguments import parse
@@ -315,13 +316,13 @@ def verify(words: list[str]) -> int:
         moment = f"{finding.task} round {finding.round}" if finding.round is not None else ""
         where = [finding.check, moment, finding.leaf or ""]
         console.print(
-            f"[red]FAILED[/] {name}: {' '.join(w for w in where if w)}: {finding.detail}",
+            f"[red]FAILED[/] {name}: {escape(' '.join(w for w in where if w))}: {escape(finding.detail)}",
             soft_wrap=True,
             highlight=False,
         )
     unverifiable = {f.detail for rows in findings.values() for f in rows if f.status is Status.UNVERIFIABLE}
     for detail in sorted(unverifiable)[:10]:
-        console.print(f"unverifiable: {detail}", soft_wrap=True, highlight=False)
+        console.print(f"unverifiable: {detail}", soft_wrap=True, highlight=False, markup=False)
     if not failed:
         console.print("[green]verified[/]: everything that can be recomputed agrees with the ledgers")
         if code:
@@ -562,6 +563,18 @@ def bench(words: list[str]) -> int:
         given = parse(RoundsCommand, words[1:], prog=prog)
         results_folder(given.out)
         finish(measure_rounds(given, say=say), given)
+        return 0
+    if words[0] == "ledger":
+        from capsfl.bench.ledger import LedgerBench
+        from capsfl.bench.ledger import measure as measure_ledger
+
+        @dataclass(frozen=True)
+        class LedgerCommand(LedgerBench, Output):
+            """Measure rounds recorded and verified, by their owner alone and by eight members."""
+
+        given = parse(LedgerCommand, words[1:], prog=prog)
+        results_folder(given.out)
+        finish(measure_ledger(given, say=say), given)
         return 0
     if words[0] == "geyer":
         from capsfl.bench.geyer import GeyerBench

@@ -83,11 +83,11 @@ class StudyConfig(Settings):
     data: DataConfig = DataConfig()
     """Scans."""
     segmentation: SegmentationStage | None = None
-    """First stage; absent to skip it."""
+    """First stage; always needed."""
     classification: ClassificationStage | None = None
     """Second stage; absent to skip it."""
     privacy: PrivacyConfig = PrivacyConfig(clip_norm=10.0)
-    """Sampling, clipping and noise of every round, the unit being the hospital."""
+    """Sampling, clipping and noise, of hospitals or of patients (`privacy.unit`)."""
     devices: DevicesConfig = DevicesConfig()
     """Layout over accelerators."""
     places: int | None = Field(default=None, ge=1)
@@ -117,6 +117,11 @@ class StudyConfig(Settings):
         if self.places is not None and self.data.residence == "disk":
             raise ValueError(
                 f'places = {self.places}: hospitals on disk can neither join nor leave; set data.residence = "memory"'
+            )
+        if self.places is not None and self.privacy.sampler == "cyclic":
+            raise ValueError(
+                f"places = {self.places}: hospitals take turns under sampler cyclic, and one that came back in another "
+                "place would have two; leave places out, or choose another sampler"
             )
         if self.places is not None and "patient" in {self.privacy.unit, *(arm.unit for arm in self.arms)}:
             raise ValueError(

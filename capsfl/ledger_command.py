@@ -1,7 +1,6 @@
 """`capsfl ledger show|prove|check|export`: reading a run's ledger, and taking parts of it away."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from capsfl.arguments import parse
@@ -19,7 +19,7 @@ from capsfl.ledger.keys import hospital_id
 from capsfl.ledger.log import parse_whole, survey
 from capsfl.ledger.proofs import check_proof, prove
 from capsfl.ledger.records import Record, RoundRecord
-from capsfl.ledger.storage import frame, read_whole
+from capsfl.ledger.storage import frame, read_whole, replace
 
 _MAX_EXPORT = 1 << 30
 
@@ -126,7 +126,7 @@ def show(given: ShowCommand) -> int:
                 str(block.height),
                 block.hash().hex()[:12],
                 _holds(block.records),
-                moment,
+                escape(moment),
                 epsilon,
                 str(len(block.approvals) or "-"),
             )
@@ -137,7 +137,7 @@ def show(given: ShowCommand) -> int:
             owner = hospital_id(head.public_key)
             console.print(f"chain {head.chain_id}, owner {owner}", soft_wrap=True, highlight=False)
     if fault is not None:
-        console.print(f"[red]damaged[/] {fault}", soft_wrap=True, highlight=False)
+        console.print(f"[red]damaged[/] {escape(str(fault))}", soft_wrap=True, highlight=False)
         return 1
     return 0
 
@@ -153,7 +153,7 @@ def write_proof(given: ProveCommand) -> int:
         known = f"its rounds are {numbers[0]} to {numbers[-1]}" if numbers else "it has none of this task"
         raise LedgerError(f"{given.run}: no record of {given.task} round {given.round}; {known}")
     data = prove(history, record)
-    _write(given.out, data)
+    replace(given.out, data)
     print(f"proof: {given.out}, {len(data)} bytes, under a head of {len(history.blocks)} blocks")
     return 0
 
@@ -171,7 +171,7 @@ def check(given: CheckCommand) -> int:
         print(f"FAILED {given.proof}: signed by {signer}, not by {given.owner}")
         return 1
     print(json.dumps(proof.record.to_canonical(), indent=1))
-    print(f"OK: block {proof.height} of {proof.head.size} of chain {proof.head.chain_id}, signed by {signer}")
+    print(f"OK: block {proof.height} of {proof.head.size} of chain {proof.head.chain_id}, signed by {signer} alone")
     return 0
 
 
@@ -181,8 +181,8 @@ def export(given: ExportCommand) -> int:
     if fault is not None:
         raise fault
     head = given.out.with_name(given.out.name + ".head")
-    _write(given.out, b"".join(frame(block.encode()) for block in history.blocks))
-    _write(head, history.head().encode())
+    replace(given.out, b"".join(frame(block.encode()) for block in history.blocks))
+    replace(head, history.head().encode())
     print(f"ledger: {given.out}, {len(history.blocks)} blocks\nhead: {head}, for `capsfl verify RUN --witness`")
     return 0
 
@@ -199,16 +199,6 @@ def _block_row(block: Block) -> dict[str, Any]:
         "records": [record.to_canonical() for record in block.records],
         "approvals": dict(block.approvals),
     }
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 _ACTIONS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {

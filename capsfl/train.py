@@ -32,7 +32,7 @@ from capsfl.config import ArmConfig, StudyConfig
 from capsfl.ct.ingest import IndexEntry, ingest, read_index
 from capsfl.ct.phantom import write_hospitals
 from capsfl.federated.devices import on_one_device
-from capsfl.federated.federation import Federation, RoundReport, RoundsConfig
+from capsfl.federated.federation import Federation, RoundReport, RoundsConfig, draws_noise
 from capsfl.federated.hospitals import (
     HospitalSource,
     pool_hospitals,
@@ -425,7 +425,7 @@ def run_rounds(
         privacy=config.privacy,
         devices=recall_chunk(run.folder, task.name, config.devices),
         seed=config.seed,
-        stream=run.place,
+        stream=run.chain_id if draws_noise(config.privacy) else run.place,
         secret=in_turn("the secret of the noise", lambda: open_run_secret(run)),
         plan=plan,
     )
@@ -537,13 +537,14 @@ def open_run_secret(run: Run) -> bytes | None:
 
 
 def open_key(path: Path) -> Signer:
-    """Loads a signing key, or makes it on the run's first start."""
+    """Loads a signing key, or makes it on the run's first start; encrypted where CAPSFL_KEY_PASSPHRASE is set."""
+    passphrase = os.environ.get("CAPSFL_KEY_PASSPHRASE", "").encode() or None
     for draft in path.parent.glob(f".{path.name}.*.tmp"):
         draft.unlink(missing_ok=True)  # a secret that a kill left half-way to its name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_key(Signer.generate(), path)
-    return load_key(path)
+        save_key(Signer.generate(), path, passphrase)
+    return load_key(path, passphrase)
 
 
 def by_hospital(patients: Any, records_of: Any, *, numbered: bool = False) -> dict[str, Any]:
@@ -600,6 +601,7 @@ class MetricsLog:
             "update_norm": report.update_norm,
             "not_finite": list(report.not_finite),
             "dropped": list(report.dropped),
+            **({"spread": report.spread} if report.spread else {}),
             **({"votes": report.votes, "vote_weights": report.vote_weights} if report.votes else {}),
             "hospitals": hospitals,
         }

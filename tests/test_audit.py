@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from capsfl.audit import check_mechanism, plan_of_records
-from capsfl.config import SegmentationStage, StudyConfig
+from capsfl.audit import check_mechanism, check_sequence, plan_of_records
+from capsfl.config import ClassificationStage, SegmentationStage, StudyConfig
 from capsfl.ct.phantom import PhantomConfig
 from capsfl.ledger.canonical import decimal
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.records import Registration, RoundRecord, parameters_root
+from capsfl.ledger.statements import Revocation
 from capsfl.ledger.verify import Status
 from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.patient_plan import Stage
@@ -109,3 +110,38 @@ def test_a_quantile_run_records_the_norm_of_its_round(registrations):
     assert check([right], registrations, privacy)[0].status is Status.OK
     wrong = record(1, clip_norm="0.2", **words)
     assert check([wrong], registrations, privacy)[0].detail.startswith("clip_norm: recorded 0.2")
+
+
+def sequence(*rounds: tuple[str, int], late=(), places: int | None = None) -> tuple[Status, str]:
+    """What the audit says of a chain with these rounds, of a study of two and two."""
+    config = StudyConfig(
+        phantom=PhantomConfig(), segmentation=SegmentationStage(rounds=2), classification=ClassificationStage(rounds=2),
+        places=places,
+    )  # fmt: skip
+    records = [replace(record(1), task=task, round=number) for task, number in rounds]
+    (finding,) = check_sequence([*records, *late], config)
+    return finding.status, finding.detail
+
+
+def test_a_round_left_out_is_named_since_it_hides_what_it_cost():
+    first, second = ("segmentation", 1), ("segmentation", 2)
+    last = ("classification", 1)
+    for whole in ((), (first,), (first, second), (first, second, last)):
+        assert sequence(*whole)[0] is Status.OK
+    for rounds, detail in (
+        ((second,), "round 2 follows round 0"),
+        ((first, last), "classification begins after 1 of 2 rounds of segmentation"),
+        ((last,), "classification begins after 0 of 2 rounds"),
+        ((first, second, ("segmentation", 3)), "round 3 of 2"),
+        ((("pruning", 1),), "pruning is no stage"),
+    ):
+        status, found = sequence(*rounds)
+        assert status is Status.FAILED
+        assert detail in found
+
+
+def test_hospitals_that_come_after_the_first_round_need_places(registrations):
+    late = [Revocation("ab" * 32, "left")]
+    assert sequence(("segmentation", 1), late=registrations)[0] is Status.FAILED
+    assert sequence(("segmentation", 1), late=late)[0] is Status.FAILED
+    assert sequence(("segmentation", 1), late=[*registrations, *late], places=4)[0] is Status.OK

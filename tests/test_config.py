@@ -42,9 +42,7 @@ def test_every_configuration_of_the_repository_is_valid_and_hashable(path: Path)
     ("text", "field", "value"),
     [
         pytest.param("seeds = 1", "seeds", "unknown key", id="unknown key"),
-        pytest.param(
-            "[privacy]\nclip_norm = 1.0\nnoises = 1.0", "privacy.noises", "unknown key", id="key below"
-        ),
+        pytest.param("[privacy]\nclip_norm = 1.0\nnoises = 1.0", "privacy.noises", "unknown key", id="key below"),
         pytest.param("seed = 1.0", "seed", "= 1.0", id="float for int"),
         pytest.param("seed = true", "seed", "= true", id="bool for int"),
         pytest.param("[privacy]\nclip_norm = '1'", "privacy.clip_norm", '= "1"', id="string for float"),

@@ -9,5 +9,6 @@ BENCHMARKS = {
     "scale": "rounds over 1e2 to 1e5 hospitals on disk: time and memory against cohort and population",
     "segcaps": "one training step of SegCaps R3 with reconstruction; data-parallel forms agree",
     "sweep": "64 studies as one program, against 64 processes and 64 calls of one compiled program",
+    "ledger": "rounds recorded and verified, by their owner alone and by eight members",
     "geyer": "MNIST over 100, 1,000 and 10,000 hospitals at epsilon 8, after Geyer et al. 2017",
 }

@@ -28,7 +28,7 @@ from capsfl.sweeps.results import read_rows
 from capsfl.sweeps.run import finite, pooled, run_sweep
 
 AGREEMENT = 1e-5
-"""Largest difference of a loss or score between two ways of running a study."""
+"""Largest difference of a loss or score between two ways of running a study, in units of the figure above 1."""
 FORMS = {
     "processes": "a process per study, one per core at a time, compilation cache warm",
     "calls": "one process, one compiled program, a call per study",
@@ -155,14 +155,20 @@ def ratios(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def largest_difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> float:
-    """The largest difference of any figure of any study.
+    """The largest difference of any figure of any study, relative to the figure where that is above 1.
+
+    Noise drives the losses of some studies into the millions, where float32 has no decimals left.
 
     Raises:
         ValueError: a figure is missing on one side, or they are of different studies.
     """
     if len(one) != len(other) or any(mine.keys() != theirs.keys() for mine, theirs in zip(one, other, strict=True)):
         raise ValueError("sweep: the forms have run different studies")
-    return max(abs(mine[name] - theirs[name]) for mine, theirs in zip(one, other, strict=True) for name in mine)
+    return max(
+        abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name]))
+        for mine, theirs in zip(one, other, strict=True)
+        for name in mine
+    )
 
 
 def run_alone(point: Point) -> dict[str, float]:

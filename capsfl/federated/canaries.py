@@ -70,6 +70,9 @@ def audit_privacy(
     if dimension < config.canaries:
         remedy = f"must be at least audit.canaries ({config.canaries}), or canaries disturb each other"
         raise PrivacyError("audit.dimension", dimension, remedy)
+    if privacy.local_epsilon is not None:
+        remedy = "its claim is for replacing a hospital, the coins add or remove one; audit Gaussian noise"
+        raise PrivacyError("privacy.local_epsilon", privacy.local_epsilon, remedy)
     if privacy.sampler == "fixed":
         remedy = 'its claim is for replacing a hospital, the coins add or remove one; audit "all" or "poisson"'
         raise PrivacyError("privacy.sampler", privacy.sampler, remedy)

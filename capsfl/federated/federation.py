@@ -1,6 +1,8 @@
 """A task, its hospitals and the privacy plan bound into rounds that can be run, saved and run again."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -98,6 +100,24 @@ class _Layout:
         return self.indices.tobytes() + self.counts.tobytes()
 
 
+def draws_noise(privacy: PrivacyConfig) -> bool:
+    """Tells whether rounds under this section draw noise."""
+    return privacy.noise_multiplier > 0 or privacy.local_epsilon is not None
+
+
+def root_name(stream: str, task: str, config: RoundsConfig, privacy: PrivacyConfig) -> str:
+    """Returns the name that the random draws of a task's rounds are derived from, beside seed or secret.
+
+    Tasks and runs of one seed must not share noise: the accountant adds them up as independent, and of two releases
+    that differ in z alone the noise could be eliminated. So the name of rounds with noise holds their configuration.
+    """
+    name = f"{stream}/{task}"
+    if not draws_noise(privacy):
+        return name
+    settings = json.dumps([config.model_dump(mode="json"), privacy.model_dump(mode="json")], sort_keys=True)
+    return f"{name}/{hashlib.sha256(settings.encode()).hexdigest()}"
+
+
 class Federation:
     """Runs federated rounds of one task over hospitals.
 
@@ -140,8 +160,7 @@ class Federation:
         )
         if (privacy.noise_key == "secret") != (secret is not None):
             raise PrivacyError("privacy.noise_key", privacy.noise_key, "needs a secret, and only then takes one")
-        # Tasks and runs of one seed must not share noise: the accountant adds them up as independent.
-        name = f"{stream}/{task.name}"
+        name = root_name(stream, task.name, config, privacy)
         self.key = root_key(seed=seed, name=name, secret=secret)
         self.fingerprint = fingerprint_key(seed=seed, name=name, secret=secret)
         if config.scaffold and (self.plan.noises_sum or privacy.local_epsilon is not None):

@@ -174,7 +174,8 @@ def make_round(
             stack, counts, norms, arrived = _gather(
                 (stack, cohort.counts, metrics.update_norm, metrics.arrived), axis_name
             )
-            usable = arrived & jnp.isfinite(norms)
+            # Whether a hospital's raw update was finite is not part of its Laplace release, which always is.
+            usable = arrived if privacy.local_epsilon is not None else arrived & jnp.isfinite(norms)
             if median:
                 bound = median_norm(norms, usable, otherwise=setting.clip_norm)
                 stack, _ = jax.vmap(clip_by_global_norm, in_axes=(0, None))(stack, bound)

@@ -12,7 +12,7 @@ from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.records import Record, RoundRecord
 from capsfl.ledger.rules import Index
-from capsfl.ledger.statements import Commitment, commit
+from capsfl.ledger.statements import Commitment, commit, nonce_of
 
 
 def assemble_round(
@@ -43,7 +43,7 @@ def assemble_round(
     for member in (*members, *updates):
         if member not in signers:
             raise LedgerError(f"consensus: no key for {member[:8]}: put its key file back")
-    chain_id = index.genesis["genesis"].chain_id
+    chain_id = index.binding
     records: list[Record] = []
     for hospital in sorted(updates):
         digest, nonce, _ = commit(signers[hospital], chain_id, record.task, record.round, updates[hospital])
@@ -54,8 +54,7 @@ def assemble_round(
     if errors:
         ballots = []
         for voter in sorted(errors):
-            # A nonce of its own: the ballot's place is not the commitment's.
-            _, nonce, _ = commit(signers[voter], chain_id, f"{record.task} ballot", record.round, "00" * 32)
+            nonce = nonce_of(signers[voter], chain_id, "ballot", record.task, record.round)
             ballot = ballot_of(record.task, record.round, voter, errors[voter], nonce)
             ballots.append(ballot.signed(signers[voter], chain_id))
         leader = leader_of(height, members)

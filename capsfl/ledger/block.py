@@ -159,6 +159,10 @@ class Block:
         value = canonical.decode(data)
         try:
             header = value["header"]
+            if str(header["type"]).startswith("block.v") and header["type"] != "block.v1":
+                raise LedgerError(
+                    f"written by another version of capsfl ({str(header['type'])[:20]}): install that one"
+                )
             block = cls(
                 chain_id=header["chain_id"],
                 height=header["height"],

@@ -1,6 +1,7 @@
 """What a single field of a record may hold; every refusal names the field, its value and the remedy."""
 
 import re
+import unicodedata
 from typing import cast
 
 from capsfl.ledger import canonical
@@ -82,10 +83,11 @@ def check_name(field: str, name: object) -> None:
         and 0 < len(name) <= _MAX_NAME
         and name.isprintable()
         and name == name.strip()
+        and name == unicodedata.normalize("NFKC", name)  # or two names would look the same
         and name not in (".", "..")
         and not set("/\\") & set(name)
     )
-    require(fits, field, name, f"use 1 to {_MAX_NAME} printable characters without / or \\")
+    require(fits, field, name, f"use 1 to {_MAX_NAME} printable characters (NFKC) without / or \\")
 
 
 def check_path(field: str, path: object) -> None:

@@ -22,6 +22,7 @@ PUBLIC_KEY_BYTES = 33
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 _HOSPITAL_DOMAIN = b"capsfl.hospital.v1\x00"
+_CHAIN_DOMAIN = b"capsfl.chain.v1\x00"
 _PAYLOAD_TYPE = re.compile(r"[a-z][a-z0-9-]{0,63}")
 _CHAIN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -53,6 +54,14 @@ def is_chain_id(text: object) -> bool:
 def hospital_id(public_key: bytes) -> str:
     """Returns the identity of a hospital: SHA-256(domain ‖ compressed public key), in hex."""
     return sha256(_HOSPITAL_DOMAIN + public_key).hexdigest()
+
+
+def chain_binding(chain_id: str, owner_key: bytes) -> str:
+    """Returns what hospitals sign as their chain: SHA-256(domain ‖ owner's key ‖ name), in hex.
+
+    Anybody can found a chain of the same name; under the owner's key as well, statements hold on one chain only.
+    """
+    return sha256(_CHAIN_DOMAIN + owner_key + chain_id.encode()).hexdigest()
 
 
 def pre_authentication_encoding(payload_type: bytes, body: bytes) -> bytes:

@@ -2,7 +2,8 @@
 
     record -> records root of its block -> block header -> Merkle root of the head -> the owner's signature
 
-The two paths are RFC 6962 audit paths, 32 bytes a level: at 1,000 blocks the upper one has at most ten.
+It is the owner's word alone: the approvals of members, and that the block follows the chain's rules, show only in the
+whole ledger. The two paths are RFC 6962 audit paths, 32 bytes a level: at 1,000 blocks the upper one has at most ten.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from capsfl.ledger import canonical, merkle
 from capsfl.ledger.block import SignedHead
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.history import History
+from capsfl.ledger.keys import hospital_id
 from capsfl.ledger.records import Record, from_canonical
 
 
@@ -71,6 +73,8 @@ def check_proof(data: bytes) -> Proof:
             [bytes.fromhex(node) for node in value[name]] for name in ("record_path", "block_path")
         )
         position, records, height = value["position"], value["records"], header["height"]
+        if header["type"] != "block.v1" or header["signer"] != hospital_id(head.public_key):
+            raise ValueError
         records_root, chain_id = bytes.fromhex(header["records_root"]), header["chain_id"]
         if not all(type(number) is int for number in (position, records, height)):
             raise ValueError

@@ -7,11 +7,14 @@ from typing import Any
 
 from capsfl.ledger.consensus import ConsensusRules, Decision, decide, leader_of
 from capsfl.ledger.errors import LedgerError
+from capsfl.ledger.keys import chain_binding
 from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord, record_id
 from capsfl.ledger.sharing import AccessPolicy, RetrievalGrant, RetrievalRequest
 from capsfl.ledger.statements import Ballot, Commitment, Revocation, Rotation, Statement
 
 RoundKey = tuple[str, int]
+
+_FEWEST_MEMBERS = 2  # a commitment needs another one's signature
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Index:
     genesis: MutableMapping[str, Any] = field(default_factory=dict)  # "genesis", "rules" -> record
     hospitals: MutableMapping[str, str] = field(default_factory=dict)  # id or case-folded name -> id
     keys: MutableMapping[str, bytes] = field(default_factory=dict)  # id -> its key by now
+    used: MutableMapping[bytes, str] = field(default_factory=dict)  # every key there ever was -> id
     revoked: MutableMapping[str, int] = field(default_factory=dict)  # id -> height
     nonces: MutableMapping[tuple[str, str], int] = field(default_factory=dict)  # (id, nonce) -> height
     rounds: MutableMapping[RoundKey, RoundRecord] = field(default_factory=dict)
@@ -47,6 +51,12 @@ class Index:
         """How members decide; where a chain says nothing, its owner decides."""
         return self.genesis.get("rules", ConsensusRules())
 
+    @property
+    def binding(self) -> str:
+        """What statements sign as their chain: its name and its owner's key, so that no namesake can replay them."""
+        genesis = self.genesis["genesis"]
+        return chain_binding(genesis.chain_id, genesis.public_key)
+
     def members(self) -> tuple[str, ...]:
         """Returns the ids of the hospitals that may sign, sorted."""
         return tuple(sorted(member for member in self.keys if member not in self.revoked))
@@ -64,11 +74,18 @@ def admit(records: Sequence[Record], index: Index, height: int) -> Index:
     for position, record in enumerate(records):
         if isinstance(record, Genesis) != (height == 0 and position == 0):
             raise LedgerError("a chain begins with a genesis record, and holds no other")
+        # Nobody approves the first block, so it says no more than who the members are and how they decide.
+        if height == 0 and not isinstance(record, Genesis | ConsensusRules | Registration):
+            raise LedgerError(f"{record.type}: the first block holds rules and registrations only")
+        if isinstance(record, ConsensusRules) and (height, position) != (0, 1):
+            raise LedgerError("rules: a chain states its rules once, right after its genesis record")
         identity = record_id(record)
         if identity in index.heights:
             raise LedgerError(f"this {record.type} record is already in the chain")
         index.heights[identity] = height
         _RULES[type(record)](record, index, height)
+    if index.rules.quorum != "owner" and len(index.members()) < _FEWEST_MEMBERS:
+        raise LedgerError(f"rules.quorum: {index.rules.quorum} needs at least {_FEWEST_MEMBERS} members at all times")
     return index
 
 
@@ -77,8 +94,6 @@ def _begin(record: Genesis, index: Index, height: int) -> None:
 
 
 def _rule(record: ConsensusRules, index: Index, height: int) -> None:
-    if height > 0 or "rules" in index.genesis:
-        raise LedgerError("rules: a chain states its rules once, in its first block")
     index.genesis["rules"] = record
 
 
@@ -88,17 +103,15 @@ def _register(record: Registration, index: Index, height: int) -> None:
         if alias in index.hospitals:
             raise LedgerError(f"registration.name: {record.name!r} or its key is already registered")
         index.hospitals[alias] = record.hospital_id
-    index.keys[record.hospital_id] = record.public_key
+    _use_key("registration.public_key", record.hospital_id, record.public_key, index)
 
 
 def _rotate(record: Rotation, index: Index, height: int) -> None:
     _check_signed(record, index)
     _use_nonce(record.hospital, record.nonce, index, height)
-    if record.public_key in index.keys.values():
-        raise LedgerError("rotation.public_key: a hospital uses this key already: generate a new one")
     if not record.is_proven(_chain_id(index)):
         raise LedgerError("rotation.possession: not signed by the new key")
-    index.keys[record.hospital] = record.public_key
+    _use_key("rotation.public_key", record.hospital, record.public_key, index)
 
 
 def _revoke(record: Revocation, index: Index, height: int) -> None:
@@ -108,6 +121,8 @@ def _revoke(record: Revocation, index: Index, height: int) -> None:
 
 def _commit(record: Commitment, index: Index, height: int) -> None:
     place = _check_open_round(record, index)
+    if place in index.ballots or place in index.decisions:
+        raise LedgerError(f"commitment.round: the vote on round {record.round} has begun")
     _check_signed(record, index)
     _check_member("commitment.peer", record.peer, index)
     if not record.is_countersigned(index.keys[record.peer], _chain_id(index)):
@@ -146,7 +161,12 @@ def _decide(record: Decision, index: Index, height: int) -> None:
     if place in index.decisions:
         raise LedgerError(f"decision.round: round {record.round} is decided already")
     committed = [commitment.hospital for commitment in index.commitments.get(place, ())]
-    errors, accepted = decide(index.rules, index.ballots.get(place, ()), committed)
+    ballots = index.ballots.get(place, ())
+    # Else a leader would choose by whose ballots it leaves out.
+    needed = max(1, -(-2 * len(committed) // 3))
+    if len(ballots) < needed:
+        raise LedgerError(f"decision.round: {len(ballots)} ballots of {len(committed)} models: it takes {needed}")
+    errors, accepted = decide(index.rules, ballots, committed)
     if (record.errors, record.accepted) != (errors, accepted):
         raise LedgerError(f"decision.errors: not what the ballots of round {record.round} give")
     index.decisions[place] = record
@@ -164,8 +184,17 @@ def _enter_round(record: RoundRecord, index: Index, height: int) -> None:
     latest = index.latest.get(record.task, -1)
     if record.round <= latest:
         raise LedgerError(f"round.round: {record.round} of task {record.task!r} comes after round {latest}")
+    for name, _, _ in record.patients or ():
+        if name.casefold() not in index.hospitals:
+            raise LedgerError(f"round.patients: {name!r} is not registered: append its Registration first")
+    if record.patients is not None:
+        counted = {index.hospitals[name.casefold()] for name, _, _ in record.patients}
+        if not set(members) <= counted:
+            raise LedgerError("round.patients: a hospital of the cohort is missing, and with it what its patients lost")
     place = (record.task, record.round)
     committed = {commitment.hospital for commitment in index.commitments.get(place, ())}
+    # One that was revoked after it had committed is not missed.
+    committed -= set(index.revoked)
     if (committed or index.rules.quorum != "owner") and committed != set(members):
         odd = sorted(str(member)[:8] for member in committed ^ set(members))
         raise LedgerError(f"round.cohort: not those who committed to round {record.round}: {', '.join(odd)}")
@@ -211,7 +240,14 @@ def _grant(record: RetrievalGrant, index: Index, height: int) -> None:
 
 
 def _chain_id(index: Index) -> str:
-    return index.genesis["genesis"].chain_id
+    return index.binding
+
+
+def _use_key(where: str, hospital: str, public_key: bytes, index: Index) -> None:
+    if public_key in index.used:
+        raise LedgerError(f"{where}: a hospital uses this key, or did: generate a new one")
+    index.used[public_key] = hospital
+    index.keys[hospital] = public_key
 
 
 def _check_member(where: str, hospital: str, index: Index) -> None:

@@ -6,11 +6,9 @@ A fresh ephemeral key gives every seal a key of its own, so the nonce is fixed. 
 the context enter the key and the authenticated data: bytes sealed for one purpose open for no other.
 """
 
-import secrets
-
 from capsfl.ledger import canonical
 from capsfl.ledger.errors import SealError
-from capsfl.ledger.keys import ORDER, PUBLIC_KEY_BYTES, Signer
+from capsfl.ledger.keys import PUBLIC_KEY_BYTES, Signer
 
 _MAGIC = b"capsfl.seal.v1\x00"
 _NONCE = bytes(12)
@@ -29,13 +27,16 @@ def seal(data: bytes, public_key: bytes, *, chain_id: str, context: str) -> byte
     Raises:
         SealError: the key is not a point, or `capsfl[secure]` is not installed.
     """
-    aead, private, point = _primitives()
+    aead, _, point = _primitives()
     if point(public_key) is None:
         raise SealError("public_key: not a compressed point of P-256: take it from the requester's registration")
-    secret = (1 + secrets.randbelow(ORDER - 1)).to_bytes(32, "big")
-    ephemeral = Signer(secret).public_key
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    secret = ec.generate_private_key(ec.SECP256R1())
+    ephemeral = secret.public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
     bound = _bound(ephemeral, public_key, chain_id, context)
-    return _MAGIC + ephemeral + aead(_shared(private(secret), point(public_key), bound)).encrypt(_NONCE, data, bound)
+    return _MAGIC + ephemeral + aead(_shared(secret, point(public_key), bound)).encrypt(_NONCE, data, bound)
 
 
 def unseal(sealed: bytes, signer: Signer, *, chain_id: str, context: str) -> bytes:

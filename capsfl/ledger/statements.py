@@ -224,14 +224,14 @@ def commit(signer: Signer, chain_id: str, task: str, round: int, update_digest: 
     Salt and nonce are derived from the hospital's secret (HMAC-SHA256) and the round, so that a round run again
     after a crash commits to the same bytes.
     """
-    place = canonical.encode([chain_id, task, round])
-
-    def derive(label: bytes) -> bytes:
-        return hmac.digest(signer.private_key, b"capsfl.commitment.v1\x00" + label + place, "sha256")
-
-    salt = derive(b"salt")
+    salt = _derive(signer, "salt", [chain_id, task, round])
     digest = sha256(salt + bytes.fromhex(update_digest)).hexdigest()
-    return digest, derive(b"nonce")[:16].hex(), salt.hex()
+    return digest, nonce_of(signer, chain_id, "commitment", task, round), salt.hex()
+
+
+def nonce_of(signer: Signer, chain_id: str, kind: str, task: str, round: int) -> str:
+    """Returns the nonce of a hospital's statement of a kind about a round, derived from its secret, in hex."""
+    return _derive(signer, "nonce", [chain_id, kind, task, round])[:16].hex()
 
 
 def opens(commitment: Commitment, salt: str, update_digest: str) -> bool:
@@ -268,6 +268,10 @@ def check_errors(field: str, errors: object) -> None:
         require(in_range, f"{field}[{member[:8]}]", error, "use a decimal string from 0 to 1, or None")
         require(previous < member, field, member, "sort the ids and name each once")
         previous = member
+
+
+def _derive(signer: Signer, label: str, place: list[str | int]) -> bytes:
+    return hmac.digest(signer.private_key, b"capsfl.derived.v1\x00" + canonical.encode([label, *place]), "sha256")
 
 
 def _check_round(kind: str, task: object, number: object) -> None:

@@ -108,5 +108,6 @@ def laplace_account(mechanism: SampledGaussian, *, local_epsilon: float, rounds:
         beside_epsilon=local_epsilon,
         beside_relation="replace_one",
         beside_accountant="one release (Laplace, scale 2 S1 / epsilon)",
-        remark="local: holds against the server too; amplification by sampling is not claimed",
+        remark="local: holds against the server where hospitals draw their own noise, not in this simulation, whose "
+        "root key draws all; amplification by sampling is not claimed",
     )

@@ -2,8 +2,9 @@
 
 Every hospital has its own epsilon, because its own number of patients sets how often each of them is drawn; that
 number is taken as public. The relation is adding or removing one patient of that hospital, with all of its slices
-and in every task that learns from it. The guarantee holds against the server and the other hospitals, and does not
-depend on what the server does with the updates: who is in a round, robust rules and control variates are free.
+and in every task that learns from it. Where hospitals draw their own noise the guarantee holds against the
+server and the other hospitals (in this simulation one root key draws all), and it does not depend on what the server
+does with the updates: who is in a round, robust rules and control variates are free.
 
 A hospital is accounted as if it took part in every round, however hospitals are drawn.
 """

@@ -98,9 +98,9 @@ def resolve(study: Study, *, num_hospitals: int) -> Study:
     """
     point = study.point
     try:
-        _check_sweepable(point)
         if study.target_epsilon is not None:
             point = point.model_copy(update={"privacy": _solved(point, study.target_epsilon, num_hospitals)})
+        _check_sweepable(point)
         plan = plan_of(point, num_hospitals=num_hospitals)
         make_rule(point.training.aggregation, plan)
         if point.training.scaffold and (plan.noises_sum or plan.config.local_epsilon is not None):
@@ -120,6 +120,13 @@ def _check_sweepable(point: Point) -> None:
     for field, value, fit in unfit:
         if value != fit:
             raise PrivacyError(f"privacy.{field}", value, f'a sweep takes "{fit}"; use `capsfl train` for "{value}"')
+    masked = getattr(point.problem, "stage", None) == "classification"
+    if masked and (point.privacy.noise_multiplier > 0 or point.privacy.local_epsilon is not None):
+        remedy = (
+            "the slices are masked by a segmentation that all hospitals trained, which no epsilon of this sweep "
+            "covers; sweep without noise, or train both stages with `capsfl train`"
+        )
+        raise PrivacyError("problem.stage", "classification", remedy)
     if point.training.diagnostics:
         raise PrivacyError("training.diagnostics", "true", "a sweep keeps no moments of updates; leave it out")
     if point.training.aggregation.rule == "mae_votes":

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from capsfl.federated.aggregation import make_rule, make_secure_sum
+from capsfl.federated.federation import root_name
 from capsfl.federated.local import LocalResult
 from capsfl.federated.private_local import local_update_of
 from capsfl.federated.round import CohortRecords, Controls, RoundState, Setting, make_round
@@ -107,7 +108,9 @@ class GroupProgram:
             plan=plan,
             chunk=chunk,
             rule=make_rule(point.training.aggregation, plan),
-            secure=make_secure_sum(point.training.aggregation, plan, self._task.parameters),
+            secure=make_secure_sum(
+                point.training.aggregation, plan, self._task.parameters, scaffold=point.training.scaffold
+            ),
             dropout=point.training.aggregation.dropout,
         )
         self._records: Any = None
@@ -156,7 +159,11 @@ class GroupProgram:
         )
         names = self._built.hospitals.names
         caps = column([plan_of(p, num_hospitals=len(names)).num_slots for p in chosen], np.int32)
-        seeds = column([p.seed for p in chosen], np.int32)
+        roots = [
+            jax.random.key_data(root_key(seed=p.seed, name=root_name("", self._task.name, p.training, p.privacy)))
+            for p in chosen
+        ]
+        keys = np.stack([np.asarray(root) for root in roots]).reshape(-1, self.width, *roots[0].shape)
         tasks = {seed: self._built.make_task(seed) for seed in {p.seed for p in chosen}}
         weights = {seed: jax.tree.map(np.asarray, task.parameters) for seed, task in tasks.items()}
         stacked = jax.tree.map(
@@ -164,7 +171,7 @@ class GroupProgram:
             *(weights[p.seed] for p in chosen),
         )
         place = NamedSharding(self._mesh, PartitionSpec(AXIS))
-        studies, progress = self._start(*jax.device_put((setting, caps, seeds, stacked), place))
+        studies, progress = self._start(*jax.device_put((setting, caps, keys, stacked), place))
         return studies, progress
 
     def advance(
@@ -198,10 +205,10 @@ class GroupProgram:
         numbers = np.arange(self.capacity).reshape(self.passes, devices, self.width)
         return numbers.swapaxes(0, 1).reshape(-1)
 
-    def _begin(self, setting: Setting, caps: jax.Array, seeds: jax.Array, parameters: Any) -> tuple[Studies, Progress]:
+    def _begin(self, setting: Setting, caps: jax.Array, keys: jax.Array, parameters: Any) -> tuple[Studies, Progress]:
         number = len(self._built.hospitals)
 
-        def one(own: Setting, cap: jax.Array, seed: Any, weights: Any) -> tuple[Studies, Progress]:
+        def one(own: Setting, cap: jax.Array, root: jax.Array, weights: Any) -> tuple[Studies, Progress]:
             controls = None
             if self._point.training.scaffold:
                 zeros = jax.tree.map(jnp.zeros_like, weights)
@@ -211,10 +218,10 @@ class GroupProgram:
             server = self._optimizer(own.server_rate).init(weights)
             state = RoundState(weights, server, jnp.int32(0), controls, own.clip_norm if quantile else None)
             losses = jnp.full(self._point.training.rounds, jnp.nan, jnp.float32)
-            studies = Studies(own, root_key(seed=seed, name=f"/{self._task.name}"), cap)
+            studies = Studies(own, jax.random.wrap_key_data(root), cap)
             return studies, Progress(state, losses, jnp.int32(0))
 
-        return jax.vmap(jax.vmap(one))(setting, caps, seeds, parameters)
+        return jax.vmap(jax.vmap(one))(setting, caps, keys, parameters)
 
     def _placed_records(self) -> Any:
         if self._records is None:

@@ -22,11 +22,11 @@ PATH="${CAPSFL_VENV:-$PWD/.venv}/bin:$PATH"
 case "$command" in
   sweep)
     # Parts need nobody else: one that fails does not stop the others, and is run again by the same command.
-    srun --kill-on-bad-exit=0 capsfl sweep "$config" --part auto "$@"
+    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 capsfl sweep "$config" --part auto "$@"
     ;;
   train)
     # The processes join by what SLURM tells them, and train one cohort together.
-    srun capsfl train "$config" --devices.parallel shard_map "$@"
+    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" capsfl train "$config" --devices.parallel shard_map "$@"
     ;;
   *)
     echo "slurm.sh: $command: expected sweep or train" >&2

@@ -81,6 +81,7 @@ def test_an_untouched_study_verifies_and_says_so_in_json(study, capsfl):
     assert statuses == {
         ("structure", "OK"), ("witness", "UNVERIFIABLE"), ("tensors", "OK"), ("epsilon", "OK"),
         ("configuration", "OK"), ("mechanism", "OK"), ("coverage", "OK"), ("identity", "OK"),
+        ("sequence", "OK"), ("approvals", "OK"),
     }  # fmt: skip
 
 

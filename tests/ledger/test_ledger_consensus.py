@@ -34,9 +34,12 @@ from capsfl.ledger import (
 from capsfl.ledger.assembly import assemble_round
 from capsfl.ledger.consensus import approvals_needed, has_work, quantize
 from capsfl.ledger.history import History
+from capsfl.ledger.keys import chain_binding
 from capsfl.ledger.records import from_canonical
 
 CHAIN = "trial-5"
+OWNER = Signer((7).to_bytes(32, "big"))
+BOUND = chain_binding(CHAIN, OWNER.public_key)
 NAMES: tuple[str, ...] = ("ash", "birch", "cedar", "dogwood", "elm")
 
 
@@ -48,7 +51,7 @@ class Hospitals:
     """The keys of five hospitals and of the chain's owner."""
 
     def __init__(self, count: int = 5) -> None:
-        self.owner = Signer((7).to_bytes(32, "big"))
+        self.owner = OWNER
         keys = [Signer((200 + index).to_bytes(32, "big")) for index in range(count)]
         self.signers = {key.hospital_id(): key for key in keys}
         self.ids = dict(zip(NAMES, self.signers, strict=False))
@@ -262,9 +265,9 @@ def test_a_commitment_opens_with_its_own_salt_and_update_only(five):
 def _resigned(five: Hospitals, records: tuple, place: int, **changes: object) -> tuple:
     """The records with one of them changed and signed again by whoever signed it: a lie, not a forgery."""
     record = replace(records[place], **changes)
-    signed = record.signed(five.signers[record.hospital], CHAIN)
+    signed = record.signed(five.signers[record.hospital], BOUND)
     if isinstance(signed, Commitment) and signed.peer in five.signers:
-        signed = signed.countersigned(five.signers[signed.peer], CHAIN)
+        signed = signed.countersigned(five.signers[signed.peer], BOUND)
     return (*records[:place], signed, *records[place + 1 :])
 
 
@@ -285,9 +288,9 @@ def test_every_lie_about_a_round_is_refused_by_name(five, round_of):
         ((*records[:4], record), "round.cohort: not those who committed"),
         ((replace(commitment, signature="00" * 64), *records[1:]), "commitment.signature"),
         ((replace(commitment, countersignature="00" * 64), *records[1:]), "commitment.countersignature"),
-        ((commitment.countersigned(five.owner, CHAIN), *records[1:]), "commitment.countersignature"),
+        ((commitment.countersigned(five.owner, BOUND), *records[1:]), "commitment.countersignature"),
         (
-            (*records[:5], commitment.countersigned(five.signers[commitment.peer], CHAIN), *records[5:]),
+            (*records[:5], commitment.countersigned(five.signers[commitment.peer], BOUND), *records[5:]),
             "already in the chain",
         ),
         (
@@ -343,6 +346,11 @@ def test_statements_do_not_replay_in_the_round_a_later_round_or_another_chain(fi
         five.extend(history, nonce)
     other = History()
     rules = ConsensusRules(quorum="two_thirds")
+    twin = History()  # of the same name, by another owner
+    thief = Signer((9).to_bytes(32, "big"))
+    twin.extend(twin.next_block((Genesis(CHAIN, thief.public_key), rules, *five.registrations), thief))
+    with pytest.raises(LedgerError, match=r"commitment\.signature"):
+        twin.extend(twin.next_block(records, thief, list(five.signers.values())))
     other.extend(other.next_block((Genesis("trial-6", five.owner.public_key), rules, *five.registrations), five.owner))
     with pytest.raises(LedgerError, match=r"commitment\.signature"):
         five.extend(other, records)
@@ -356,12 +364,12 @@ def test_a_rotated_key_signs_from_then_on_and_the_old_one_no_longer(five, round_
     ash, old, new = five.ids["ash"], five.signers[five.ids["ash"]], Signer.generate()
     five.extend(history, five.propose(history, round_of(0)))
     rotation = Rotation(ash, new.public_key, "ab" * 16)
-    honest = rotation.signed(old, CHAIN).proven(new, CHAIN)
+    honest = rotation.signed(old, BOUND).proven(new, BOUND)
     taken = Rotation(ash, five.signers[five.ids["elm"]].public_key, "ac" * 16)
     for bad, words in (
-        (rotation.signed(new, CHAIN).proven(new, CHAIN), r"rotation\.signature"),
-        (rotation.signed(old, CHAIN).proven(old, CHAIN), r"rotation\.possession"),
-        (taken.signed(old, CHAIN).proven(five.signers[five.ids["elm"]], CHAIN), "uses this key already"),
+        (rotation.signed(new, BOUND).proven(new, BOUND), r"rotation\.signature"),
+        (rotation.signed(old, BOUND).proven(old, BOUND), r"rotation\.possession"),
+        (taken.signed(old, BOUND).proven(five.signers[five.ids["elm"]], BOUND), "uses this key, or did"),
     ):
         with pytest.raises(LedgerError, match=words):
             five.extend(history, (bad,))
@@ -461,3 +469,73 @@ def test_a_lone_hospital_cannot_countersign_itself(round_record):
     history = one.history(quorum="owner")
     with pytest.raises(LedgerError, match="1 members: a commitment needs a second"):
         one.propose(history, round_record(0, cohort=("ash",)))
+
+
+def test_the_first_block_holds_rules_and_members_only(five, round_of):
+    genesis, rules = Genesis(CHAIN, five.owner.public_key), ConsensusRules(quorum="all")
+    for records, words in (
+        ((genesis, *five.registrations, round_of(1)), "rules and registrations only"),
+        ((genesis, *five.registrations, Revocation(five.ids["elm"], "x")), "rules and registrations only"),
+        ((genesis, *five.registrations, rules), "right after its genesis"),
+        ((genesis, rules), "at least 2 members"),
+        ((genesis, rules, five.registrations[0]), "at least 2 members"),
+    ):
+        with pytest.raises(LedgerError, match=words):
+            History().next_block(records, five.owner)
+    two = History()
+    two.extend(two.next_block((genesis, rules, *five.registrations[:2]), five.owner))
+    members = [five.signers[five.ids[name]] for name in NAMES[:2]]
+    with pytest.raises(LedgerError, match="at least 2 members"):
+        two.next_block((Revocation(five.ids["ash"], "x"),), five.owner, members)
+
+
+def test_nobody_commits_once_the_vote_has_begun(five, round_of):
+    history = five.history()
+    records = five.propose(
+        history, round_of(0, cohort=NAMES[:4]), {v: {c: 0.2 for c in NAMES[:4] if c != v} for v in NAMES}
+    )
+    late = five.propose(history, round_of(0))
+    commitment = next(r for r in late if r.hospital == five.ids["elm"])
+    with pytest.raises(LedgerError, match="the vote on round 0 has begun"):
+        five.extend(history, (*records[:-1], commitment, round_of(0)))
+
+
+def test_a_leader_cannot_choose_by_leaving_ballots_out(five, round_of):
+    history = five.history()
+    some = {voter: row for voter, row in _measured({"ash": 0.9}).items() if voter in NAMES[:3]}
+    with pytest.raises(LedgerError, match="3 ballots of 5 models: it takes 4"):
+        five.extend(history, five.propose(history, round_of(), some))
+    none = five.propose(history, round_of())
+    leader = leader_of(1, list(five.signers))
+    empty = Decision("segmentation", 0, leader, tuple((i, None) for i in sorted(five.signers)), ())
+    with pytest.raises(LedgerError, match="0 ballots of 5 models"):
+        five.extend(history, (*none[:-1], empty.signed(five.signers[leader], BOUND), none[-1]))
+
+
+def test_one_key_is_never_two_members(five):
+    history = five.history(quorum="owner")
+    old, new = five.signers[five.ids["ash"]], Signer((77).to_bytes(32, "big"))
+    rotation = Rotation(five.ids["ash"], new.public_key, "ab" * 16).signed(old, BOUND).proven(new, BOUND)
+    five.extend(history, (rotation,), 0)
+    for key in (new, old):
+        twin = Registration(key.hospital_id(), "twin", key.public_key, "lung CT", 1)
+        with pytest.raises(LedgerError, match=r"uses this key, or did|already registered"):
+            five.extend(history, (twin,), 0)
+    back = Rotation(five.ids["ash"], old.public_key, "ac" * 16).signed(new, BOUND).proven(old, BOUND)
+    with pytest.raises(LedgerError, match="uses this key, or did"):
+        five.extend(history, (back,), 0)
+
+
+def test_patients_are_those_of_registered_hospitals_and_of_all_of_the_cohort(five, round_of):
+    history = five.history(quorum="owner")
+    rows = tuple((name, 4, None) for name in NAMES)
+    for patients, words in ((("oak", 4, None), *rows), "'oak' is not registered"), (rows[1:], "is missing"):
+        with pytest.raises(LedgerError, match=words):
+            five.extend(history, (round_of(0, patients=tuple(sorted(patients))),), 0)
+    five.extend(history, (round_of(0, patients=rows),), 0)
+
+
+def test_a_block_of_a_newer_version_says_so(five):
+    block = five.history().blocks[0].encode().replace(b"block.v1", b"block.v9")
+    with pytest.raises(LedgerError, match=r"written by another version of capsfl \(block\.v9\)"):
+        Block.decode(block)

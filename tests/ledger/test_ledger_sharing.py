@@ -24,10 +24,12 @@ from capsfl.ledger import (
 )
 from capsfl.ledger import sealing as sealing_module
 from capsfl.ledger.history import History
+from capsfl.ledger.keys import chain_binding
 from capsfl.ledger.records import from_canonical
 
 CHAIN = "sharing-1"
 OWNER = Signer((7).to_bytes(32, "big"))
+BOUND = chain_binding(CHAIN, OWNER.public_key)
 ASH, BIRCH, CEDAR = (Signer((300 + index).to_bytes(32, "big")) for index in range(3))
 MODEL = "ab" * 32
 
@@ -48,16 +50,16 @@ def _extend(history: History, *records) -> None:
 
 def _policy(version: int, *allowed: Signer, expires: int | None = None) -> AccessPolicy:
     ids = tuple(sorted(key.hospital_id() for key in allowed))
-    return AccessPolicy(ASH.hospital_id(), "lung CT", version, ids, expires).signed(ASH, CHAIN)
+    return AccessPolicy(ASH.hospital_id(), "lung CT", version, ids, expires).signed(ASH, BOUND)
 
 
 def _request(requester: Signer, nonce: int = 1) -> RetrievalRequest:
     bare = RetrievalRequest(requester.hospital_id(), ASH.hospital_id(), "lung CT", MODEL, f"{nonce:032x}")
-    return bare.signed(requester, CHAIN)
+    return bare.signed(requester, BOUND)
 
 
 def _grant(request: RetrievalRequest, version: int, sealed: bytes = b"model") -> RetrievalGrant:
-    return RetrievalGrant(ASH.hospital_id(), record_id(request), version, sha256(sealed).hexdigest()).signed(ASH, CHAIN)
+    return RetrievalGrant(ASH.hospital_id(), record_id(request), version, sha256(sealed).hexdigest()).signed(ASH, BOUND)
 
 
 def test_a_request_is_granted_under_the_policy_and_the_sealed_model_opens_for_the_requester():
@@ -89,7 +91,7 @@ def test_a_grant_is_checked_against_the_policy_in_force_at_its_height():
         _extend(history, _grant(request, 0))
     _extend(history, _grant(request, 1))  # block 4: the last the policy covers
     with pytest.raises(LedgerError, match="granted already"):
-        _extend(history, replace(_grant(request, 1), sealed="00" * 32).signed(ASH, CHAIN))
+        _extend(history, replace(_grant(request, 1), sealed="00" * 32).signed(ASH, BOUND))
     later = _request(CEDAR, 2)
     with pytest.raises(LedgerError, match=r"does not allow .* at block 5"):
         _extend(history, later, _grant(later, 1))
@@ -101,9 +103,9 @@ def test_what_others_sign_for_the_owner_counts_nothing():
     _extend(history, _policy(0, BIRCH), request)
     policy = AccessPolicy(ASH.hospital_id(), "lung CT", 1, ())
     stranger = Signer((999).to_bytes(32, "big"))
-    wrong_owner = RetrievalGrant(CEDAR.hospital_id(), record_id(request), 0, "00" * 32).signed(CEDAR, CHAIN)
+    wrong_owner = RetrievalGrant(CEDAR.hospital_id(), record_id(request), 0, "00" * 32).signed(CEDAR, BOUND)
     for record, words in (
-        (policy.signed(BIRCH, CHAIN), r"policy\.signature"),
+        (policy.signed(BIRCH, BOUND), r"policy\.signature"),
         (policy.signed(ASH, "another-chain"), r"policy\.signature"),
         (_policy(2), "the next version of this policy is 1"),
         (_policy(0, BIRCH, CEDAR), "the next version of this policy is 1"),
@@ -112,7 +114,7 @@ def test_what_others_sign_for_the_owner_counts_nothing():
         (wrong_owner, "no request to this hospital"),
         (_grant(_request(CEDAR, 9), 0), "no request to this hospital"),
         (replace(_request(CEDAR), nonce="12" * 16), r"request\.signature"),
-        (replace(request, model="cd" * 32).signed(BIRCH, CHAIN), "was used in block 1"),
+        (replace(request, model="cd" * 32).signed(BIRCH, BOUND), "was used in block 1"),
         (request, "already in the chain"),
     ):
         with pytest.raises(LedgerError, match=words):

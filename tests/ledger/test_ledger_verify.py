@@ -39,8 +39,8 @@ def _truncate(folder, size, owner):
 def test_an_honest_ledger_is_ok_in_every_check_of_every_round(chain):
     findings = _audit(chain, witness_head=Ledger.open(chain).head().encode())
     assert _but(findings) == []
-    assert [finding.check for finding in findings[:2]] == ["structure", "witness"]
-    checks = [(finding.check, finding.round, finding.task) for finding in findings[2:]]
+    assert [finding.check for finding in findings[:3]] == ["structure", "witness", "approvals"]
+    checks = [(finding.check, finding.round, finding.task) for finding in findings[3:]]
     assert checks == [
         (check, number, "segmentation") for number in range(19) for check in ("tensors", "epsilon", "configuration")
     ]
@@ -82,7 +82,7 @@ def test_tensors_that_are_gone_added_changed_or_renamed_fail(chain, change, leaf
 
 def test_what_cannot_be_recomputed_is_unverifiable_never_ok(chain):
     findings = _audit(chain, leaves=lambda _: None, epsilon=lambda _: None, configuration=None)
-    assert [finding.check for finding in findings if finding.status is Status.OK] == ["structure"]
+    assert [f.check for f in findings if f.status is Status.OK] == ["structure", "approvals"]
     assert {finding.status for finding in findings[1:]} == {Status.UNVERIFIABLE}
     assert len(findings) == 2 + 3 * 19
 
@@ -200,7 +200,7 @@ def test_only_rounds_before_the_first_damaged_block_are_vouched_for(chain):
     findings = _audit(chain)
     assert findings[0].status is Status.FAILED
     assert "block 10" in findings[0].detail
-    assert {finding.round for finding in findings[2:]} == set(range(9))
+    assert {finding.round for finding in findings[3:]} == set(range(9))
 
 
 def test_hostile_folders_give_findings_and_no_exception(chain, tmp_path):
