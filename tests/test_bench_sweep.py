@@ -24,7 +24,7 @@ def test_ratios_say_how_many_times_the_sweep_others_take():
 
 def test_the_largest_difference_is_of_any_figure_of_any_study():
     one = [{"loss": 1.0, "accuracy": 0.5}, {"loss": 2.0, "accuracy": 0.25}]
-    other = [{"loss": 1.0, "accuracy": 0.5}, {"loss": 2.5, "accuracy": 0.0}]
+    other = [{"loss": 1.0, "accuracy": 0.5}, {"loss": 4.0, "accuracy": 0.0}]
     assert sweep.largest_difference(one, one) == 0
     assert sweep.largest_difference(one, other) == 0.5
     with pytest.raises(ValueError, match="different studies"):

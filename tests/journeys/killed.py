@@ -34,9 +34,9 @@ TOUCHED = {"open": 0, "os.mkdir": 0, "os.rename": 1, "os.link": 1, "os.remove": 
 save_key = keyfiles.save_key
 
 
-def save_named_key(_: Signer, path: Path) -> None:
+def save_named_key(_: Signer, path: Path, passphrase: bytes | None = None) -> None:
     """Saves the key that belongs to a file of this name."""
-    save_key(Signer(hashlib.sha256(path.name.encode()).digest()), path)
+    save_key(Signer(hashlib.sha256(path.name.encode()).digest()), path, passphrase)
 
 
 # At import, so that training processes do the same.
