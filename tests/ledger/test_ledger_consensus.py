@@ -304,6 +304,7 @@ def test_every_lie_about_a_round_is_refused_by_name(five, round_of):
         ),
         (_resigned(five, records, 5, errors=(("0" * 64, "0.1"),)), "has not committed"),
         ((*records[:11], *records[5:6], record), "already in the chain"),
+        ((*records[:6], _resigned(five, records, 5, nonce="34" * 16)[5], *records[6:]), "votes twice"),
         (_resigned(five, records, 10, accepted=tuple(sorted(others))), "not what the ballots"),
         (_resigned(five, records, 10, errors=whitewashed), "not what the ballots"),
         (
