@@ -516,79 +516,17 @@ def bench(words: list[str]) -> int:
     if words[0] not in BENCHMARKS:
         raise ValueError(f"capsfl bench: unknown benchmark {words[0]!r}; one of {', '.join(BENCHMARKS)}")
     prog = f"capsfl bench {words[0]}"
-    if words[0] == "segcaps":
-        from capsfl.bench.segcaps import SegCapsBench
-        from capsfl.bench.segcaps import measure as measure_segcaps
+    if words[0] != "routing":
+        form, measure = _load_benchmark(words[0])
 
         @dataclass(frozen=True)
-        class SegCapsCommand(SegCapsBench, Output):
-            """Measure one training step of SegCaps R3 with stored and with streamed votes."""
+        class Command(Output, form):
+            pass
 
-        given = parse(SegCapsCommand, words[1:], prog=prog)
+        Command.__doc__ = form.__doc__
+        given = parse(Command, words[1:], prog=prog)
         results_folder(given.out)
-        finish(measure_segcaps(given, say=say), given)
-        return 0
-    if words[0] == "scale":
-        from capsfl.bench.scale import ScaleBench
-        from capsfl.bench.scale import measure as measure_scale
-
-        @dataclass(frozen=True)
-        class ScaleCommand(ScaleBench, Output):
-            """Measure rounds over hospitals on disk, many populations and cohorts."""
-
-        given = parse(ScaleCommand, words[1:], prog=prog)
-        results_folder(given.out)
-        finish(measure_scale(given, say=say), given)
-        return 0
-    if words[0] == "sweep":
-        from capsfl.bench.sweep import SweepBench
-        from capsfl.bench.sweep import measure as measure_sweep
-
-        @dataclass(frozen=True)
-        class SweepCommand(SweepBench, Output):
-            """Measure 64 studies as one sweep, as 64 processes, and as 64 calls of one program."""
-
-        given = parse(SweepCommand, words[1:], prog=prog)
-        results_folder(given.out)
-        finish(measure_sweep(given, say=say), given)
-        return 0
-    if words[0] == "rounds":
-        from capsfl.bench.rounds import RoundsBench
-        from capsfl.bench.rounds import measure as measure_rounds
-
-        @dataclass(frozen=True)
-        class RoundsCommand(RoundsBench, Output):
-            """Measure one federated round of 100 hospitals, other frameworks beside it."""
-
-        given = parse(RoundsCommand, words[1:], prog=prog)
-        results_folder(given.out)
-        finish(measure_rounds(given, say=say), given)
-        return 0
-    if words[0] == "ledger":
-        from capsfl.bench.ledger import LedgerBench
-        from capsfl.bench.ledger import measure as measure_ledger
-
-        @dataclass(frozen=True)
-        class LedgerCommand(LedgerBench, Output):
-            """Measure rounds recorded and verified, by their owner alone and by eight members."""
-
-        given = parse(LedgerCommand, words[1:], prog=prog)
-        results_folder(given.out)
-        finish(measure_ledger(given, say=say), given)
-        return 0
-    if words[0] == "geyer":
-        from capsfl.bench.geyer import GeyerBench
-        from capsfl.bench.geyer import measure as measure_geyer
-        from capsfl.sweeps.cores import one_device_per_core
-
-        @dataclass(frozen=True)
-        class GeyerCommand(Output, GeyerBench):
-            """Train MNIST over hospitals at epsilon 8, under Poisson and under fixed sampling."""
-
-        given = parse(GeyerCommand, words[1:], prog=prog)
-        results_folder(given.out)
-        one_device_per_core()
-        finish(measure_geyer(given, say=say), given)
+        finish(measure(given, say=say), given)
         return 0
     from capsfl.bench.routing import RoutingBench
     from capsfl.bench.routing import measure as measure_routing
@@ -615,6 +553,40 @@ def bench(words: list[str]) -> int:
         return 0
     finish(measure_routing(given, say=say), given)
     return 0
+
+
+def _load_benchmark(name: str) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """The options of a benchmark and what measures it."""
+    match name:
+        case "segcaps":
+            from capsfl.bench.segcaps import SegCapsBench, measure
+
+            return SegCapsBench, measure
+        case "scale":
+            from capsfl.bench.scale import ScaleBench, measure
+
+            return ScaleBench, measure
+        case "sweep":
+            from capsfl.bench.sweep import SweepBench, measure
+
+            return SweepBench, measure
+        case "rounds":
+            from capsfl.bench.rounds import RoundsBench, measure
+
+            return RoundsBench, measure
+        case "ledger":
+            from capsfl.bench.ledger import LedgerBench, measure
+
+            return LedgerBench, measure
+        case _:
+            from capsfl.bench.geyer import GeyerBench, measure
+            from capsfl.sweeps.cores import one_device_per_core
+
+            def on_every_core(options: Any, **others: Any) -> dict[str, Any]:
+                one_device_per_core()
+                return measure(options, **others)
+
+            return GeyerBench, on_every_core
 
 
 def doctor(words: list[str]) -> int:

@@ -7,6 +7,7 @@ excludes its signatures.
 
 import hmac
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, ClassVar, Self, cast
@@ -19,16 +20,16 @@ _SIGNATURE = re.compile(r"([0-9a-f]{128})?")
 _NONCE = re.compile(r"[0-9a-f]{32}")
 
 
-class Statement:
+class Statement(ABC):
     """A record that a hospital signs; `signed` fills the signature in, `is_signed` checks it."""
 
     type: ClassVar[str]
     hospital: str
     signature: str
 
+    @abstractmethod
     def body(self) -> dict[str, Any]:
         """Returns what the signature covers: the canonical object without signatures."""
-        raise NotImplementedError
 
     def to_canonical(self) -> dict[str, Any]:
         """Returns the record as a canonical object."""
