@@ -64,7 +64,7 @@ from capsfl.profiling import RoundTrace, is_traced, part, trace_folder
 from capsfl.progress import read_rounds, show_rounds
 from capsfl.report.page import build_page
 from capsfl.study import Split, StudyFolder, split_patients, write_json
-from capsfl.workers import die_with_parent
+from capsfl.workers import count_cores, die_with_parent
 
 RECORDS = "records"
 """Folder in a run's for the records that lie on disk while it trains."""
@@ -255,7 +255,7 @@ def train_runs(runs: Sequence["Run"], volumes: Path, split: Split, controls: eva
 def default_jobs(config: StudyConfig) -> int:
     """One run at a time where runs share accelerators or devices, else one per core."""
     alone = config.devices.parallel != "single" or jax.default_backend() != "cpu"
-    return 1 if alone else os.cpu_count() or 1
+    return 1 if alone else count_cores()
 
 
 def train_in_worker(run: "Run", volumes: Path, controls: evaluation.Controls | None) -> None:

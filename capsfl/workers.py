@@ -1,8 +1,22 @@
-"""Processes on this machine: workers, which must not outlive the one that started them, and those that are gone."""
+"""Processes on this machine: how many run at once, that none outlives the one that started it, and which are gone."""
 
 import os
 from multiprocessing import parent_process
+from pathlib import Path
 from threading import Thread
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Control group, version 2: the cores that a container may use."""
+
+
+def count_cores() -> int:
+    """Cores this process may run on: as SLURM or taskset bind it, as a container limits it."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
+        return max(1, min(bound, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return bound
 
 
 def die_with_parent() -> None:

@@ -20,12 +20,13 @@ from capsfl.bench.machine import describe
 from capsfl.federated.devices import DevicesConfig
 from capsfl.federated.federation import Federation
 from capsfl.sweeps.config import SweepConfig
-from capsfl.sweeps.cores import count_cores, one_device_per_core
+from capsfl.sweeps.cores import one_device_per_core
 from capsfl.sweeps.points import Point, expand, plan_of, resolve
 from capsfl.sweeps.problems import build
 from capsfl.sweeps.program import GroupProgram
 from capsfl.sweeps.results import read_rows
 from capsfl.sweeps.run import finite, pooled, run_sweep
+from capsfl.workers import count_cores
 
 AGREEMENT = 1e-5
 """Largest difference of a loss or score between two ways of running a study, in units of the figure above 1."""

@@ -25,7 +25,7 @@ from capsfl.ct.lungs import body_mask
 from capsfl.ct.nifti import read_nifti, read_nifti_mask
 from capsfl.ct.normalize import VolumeConfig, standardize
 from capsfl.ct.volumes import FORMAT, VERSION, read_attributes, write_volume
-from capsfl.workers import die_with_parent, is_running
+from capsfl.workers import count_cores, die_with_parent, is_running
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def _outcomes(
                 yield position, False
             else:
                 pending.append(position)
-        workers = min(processes or _processors(), len(pending))
+        workers = min(processes or count_cores(), len(pending))
         if workers <= 1:
             for position in pending:
                 yield position, _ingest_one(entries[position], out, config, salt)
@@ -263,13 +263,6 @@ def _one_thread_each() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
-
-
-def _processors() -> int:
-    """Processors that this process may use, which in a container are fewer than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _ingest_one(entry: ScanEntry, out: Path, config: VolumeConfig, salt: bytes) -> Literal[True] | ScanError:

@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-from pathlib import Path
 
 import jax
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Control group, version 2: the cores that a container may use."""
+from capsfl.workers import count_cores
 
 
 def one_device_per_core() -> None:
@@ -17,13 +15,3 @@ def one_device_per_core() -> None:
     # Where devices are there already, they are as many as somebody else wanted.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count_cores())
-
-
-def count_cores() -> int:
-    """Cores this process may run on: as SLURM or taskset bind it, as a container limits it."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
-        return max(1, min(bound, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return bound

@@ -19,7 +19,7 @@ from capsfl.ct.phantom.anatomy import patient
 from capsfl.ct.phantom.cohort import PhantomConfig, Subject, cohort
 from capsfl.ct.phantom.scanners import acquire
 from capsfl.ct.phantom.series import write_mask, write_series
-from capsfl.workers import die_with_parent
+from capsfl.workers import count_cores, die_with_parent
 
 _VERSION = 1
 _COLUMNS = ("patient", "hospital", "image", "scanner", "label", "mask", "split")
@@ -56,7 +56,7 @@ def write_hospitals(out: Path, *, config: PhantomConfig, processes: int | None =
     with _one_line_errors(out):
         _claim(out, config)
         pending = [subject for subject in subjects if not _is_complete(out, subject)]
-        workers = min(processes or _cpus(), len(pending))
+        workers = min(processes or count_cores(), len(pending))
         with _bar(progress) as bar:
             task = bar.add_task("phantom patients", total=len(subjects), completed=len(subjects) - len(pending))
             for _ in _write_all(out, config, pending, workers):
@@ -64,10 +64,6 @@ def write_hospitals(out: Path, *, config: PhantomConfig, processes: int | None =
         manifest = out / "manifest.csv"
         _write_text(manifest, _manifest(subjects))
     return manifest
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bar(show: bool) -> Progress:
