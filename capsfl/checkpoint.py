@@ -136,7 +136,7 @@ class Checkpoints:
             )
         if not np.array_equal(items.random["key"], jax.random.key_data(key)):
             raise CheckpointError(
-                f"{self.folder / str(step)}: drawn from another seed; resume with the seed it was made by"
+                f"{self.folder / str(step)}: drawn from another seed, or for other numbers of patients; resume with those it was made by"
             )
         state = RoundState(
             _like(like.parameters, items.state["parameters"]),

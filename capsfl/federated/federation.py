@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -105,17 +105,20 @@ def draws_noise(privacy: PrivacyConfig) -> bool:
     return privacy.noise_multiplier > 0 or privacy.local_epsilon is not None
 
 
-def root_name(stream: str, task: str, config: RoundsConfig, privacy: PrivacyConfig) -> str:
+def root_name(
+    stream: str, task: str, config: RoundsConfig, privacy: PrivacyConfig, patients: Sequence[tuple[str, int]] = ()
+) -> str:
     """Returns the name that the random draws of a task's rounds are derived from, beside seed or secret.
 
     Tasks and runs of one seed must not share noise: the accountant adds them up as independent, and of two releases
-    that differ in z alone the noise could be eliminated. So the name of rounds with noise holds their configuration.
+    that differ in z alone the noise could be eliminated. So the name of rounds with noise holds their configuration,
+    and the numbers of patients that their epsilons rest on: a run does not resume with others.
     """
     name = f"{stream}/{task}"
     if not draws_noise(privacy):
         return name
-    settings = json.dumps([config.model_dump(mode="json"), privacy.model_dump(mode="json")], sort_keys=True)
-    return f"{name}/{hashlib.sha256(settings.encode()).hexdigest()}"
+    settings = [config.model_dump(mode="json"), privacy.model_dump(mode="json"), *([patients] if patients else [])]
+    return f"{name}/{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}"
 
 
 class Federation:
@@ -160,7 +163,8 @@ class Federation:
         )
         if (privacy.noise_key == "secret") != (secret is not None):
             raise PrivacyError("privacy.noise_key", privacy.noise_key, "needs a secret, and only then takes one")
-        name = root_name(stream, task.name, config, privacy)
+        patients = () if self.plan.patients is None else self.plan.stage(task.name).patients
+        name = root_name(stream, task.name, config, privacy, patients)
         self.key = root_key(seed=seed, name=name, secret=secret)
         self.fingerprint = fingerprint_key(seed=seed, name=name, secret=secret)
         if config.scaffold and (self.plan.noises_sum or privacy.local_epsilon is not None):

@@ -12,7 +12,6 @@ of updates costs what one Gaussian release at noise multiplier z costs when the 
 the relation as it is. Everything here takes traced scalars: studies with their own C, z and bit noise are vmapped.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -20,6 +19,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from capsfl.privacy.events import PrivacyError
+from capsfl.privacy.noise import standard_normal
 
 
 def default_bit_noise(*, expected_cohort: float, noise_multiplier: float) -> float:
@@ -97,7 +97,7 @@ def quantile_update(
         target_quantile: the fraction of hospitals whose update C should leave whole.
         learning_rate: of the exponent.
     """
-    noise = jnp.asarray(bit_noise, jnp.float32) * jax.random.normal(key, (), jnp.float32)
+    noise = jnp.asarray(bit_noise, jnp.float32) * standard_normal(key, 1)[0]
     cohort = jnp.asarray(expected_cohort, jnp.float32)
     fraction = (jnp.asarray(bit_sum, jnp.float32) + noise) / cohort + 0.5
     step = jnp.asarray(learning_rate, jnp.float32) * (fraction - jnp.asarray(target_quantile, jnp.float32))

@@ -8,6 +8,9 @@ from capsfl.privacy import accounting, adaptive, laplace
 from capsfl.privacy.events import PrivacyError, Sampler
 from capsfl.settings import Settings
 
+LEAST_CLIP_NORM = 1e-12
+"""Far below it the squares of a norm vanish in float32, and an update longer than S would pass unclipped."""
+
 
 class PrivacyConfig(Settings):
     """Differential privacy of the released model: of whole hospitals, or of the patients in them."""
@@ -21,7 +24,7 @@ class PrivacyConfig(Settings):
     """m, the expected number of hospitals in a round; all hospitals when absent."""
     truncation: int | None = Field(default=None, ge=1)
     """The most hospitals a Poisson round takes; when absent, the smallest cap costing < 0.1 % of epsilon."""
-    clip_norm: float = Field(gt=0)
+    clip_norm: float = Field(ge=LEAST_CLIP_NORM)
     """S, the L2 norm a hospital's whole update, or a patient's gradient, is clipped to."""
     noise_multiplier: float = Field(default=0.0, ge=0)
     """z, the standard deviation of the noise on the SUM divided by S; 0 trains without privacy."""

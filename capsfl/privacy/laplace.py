@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from capsfl.privacy.accounting import Account
 from capsfl.privacy.events import PrivacyError, SampledGaussian
+from capsfl.privacy.noise import standard_laplace
 
 Tree = TypeVar("Tree")
 
@@ -61,7 +62,7 @@ def release_laplace(update: Tree, *, key: Array, clip_norm: ArrayLike, local_eps
     scale = 2 * jnp.asarray(clip_norm, jnp.float32) / jnp.asarray(local_epsilon, jnp.float32)
     leaves, structure = jax.tree.flatten(clipped)
     noisy = [
-        leaf + scale.astype(leaf.dtype) * jax.random.laplace(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+        leaf + scale.astype(leaf.dtype) * standard_laplace(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
         for number, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, noisy), norm

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from capsfl.privacy.noise import standard_normal
 from capsfl.privacy.plan import PrivacyPlan
 
 Tree = TypeVar("Tree")
@@ -36,7 +37,7 @@ def add_gaussian(sum_tree: Tree, *, key: Array, standard_deviation: ArrayLike) -
     sizes = [leaf.size for leaf in leaves]
     widest = jnp.result_type(*leaves)
     # One draw, not one a leaf: each costs half a second to compile, and a network has dozens of leaves.
-    draw = jnp.asarray(standard_deviation, widest) * jax.random.normal(key, (sum(sizes),), widest)
+    draw = jnp.asarray(standard_deviation, widest) * standard_normal(key, sum(sizes), widest)
     parts = jnp.split(draw, list(itertools.accumulate(sizes))[:-1])
     noisy = [leaf + part.reshape(leaf.shape).astype(leaf.dtype) for leaf, part in zip(leaves, parts, strict=True)]
     return jax.tree.unflatten(structure, noisy)

@@ -70,9 +70,8 @@ class PrivacyPlan:
         Args:
             config: The `privacy` section.
             num_hospitals: H.
-            rounds: The rounds an automatic Poisson cap is chosen for; it hardly depends on them. Without `stages`
-                also those that banded noise is made for.
-            stages: The tasks of the run, in order. Unit `patient` needs them with their patients.
+            rounds: Without `stages`, those that an automatic Poisson cap is chosen for and banded noise is made for.
+            stages: The tasks of the run, in order; their rounds then count. Unit `patient` needs their patients too.
 
         Raises:
             PrivacyError: The configuration contradicts itself or H, or an extra that it needs is not installed; the
@@ -83,7 +82,8 @@ class PrivacyPlan:
         try:
             mechanism = SampledGaussian(config.sampler, num_hospitals, cohort, noise, config.truncation)
             check_privacy(config, expected_cohort=cohort, groups=mechanism.groups)
-            mechanism = accounting.resolve_truncation(mechanism, rounds=rounds, delta=config.delta)
+            total = sum(stage.rounds for stage in stages) or rounds
+            mechanism = accounting.resolve_truncation(mechanism, rounds=total, delta=config.delta)
             patients = patient_plan(config, stages) if config.unit == "patient" else None
             longest = max((stage.rounds for stage in stages), default=rounds)
             correlated = _correlated(config, mechanism, longest) if config.noise == "banded" else None

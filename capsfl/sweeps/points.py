@@ -138,7 +138,7 @@ def _check_sweepable(point: Point) -> None:
 def plan_of(point: Point, *, num_hospitals: int) -> PrivacyPlan:
     """The point's privacy plan; what is costly in it is found once for all clip norms."""
     private: Any = point.privacy.model_copy(update={"clip_norm": 1.0})
-    plan = _plan(private, num_hospitals)
+    plan = _plan(private, num_hospitals, point.training.rounds)
     return replace(plan, config=point.privacy)
 
 
@@ -271,13 +271,13 @@ def _flatten(table: Mapping[str, Any], trail: str = "") -> Iterator[tuple[str, A
 
 
 @cache
-def _plan(private: PrivacyConfig, num_hospitals: int) -> PrivacyPlan:
-    return PrivacyPlan.build(private, num_hospitals=num_hospitals)
+def _plan(private: PrivacyConfig, num_hospitals: int, rounds: int) -> PrivacyPlan:
+    return PrivacyPlan.build(private, num_hospitals=num_hospitals, rounds=rounds)
 
 
 @cache
 def _statement(private: Any, num_hospitals: int, rounds: int) -> PrivacyStatement:
-    return _plan(private, num_hospitals).statement(rounds)
+    return _plan(private, num_hospitals, rounds).statement(rounds)
 
 
 def _solved(point: Point, target: float, num_hospitals: int) -> PrivacyConfig:

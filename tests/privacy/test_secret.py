@@ -10,6 +10,7 @@ import pytest
 
 from capsfl.federated import Federation, RoundsConfig
 from capsfl.federated.devices import DevicesConfig
+from capsfl.federated.federation import root_name
 from capsfl.federated.hospitals import stack_hospitals
 from capsfl.learning.tasks import Task
 from capsfl.privacy import PrivacyConfig, PrivacyError
@@ -71,3 +72,10 @@ def test_the_published_seed_does_not_draw_the_noise_of_a_secret_run():
         noise(None)
     with pytest.raises(PrivacyError, match=r"privacy\.noise_key = seed"):
         noise(b"s" * 32, "seed")
+
+
+def test_rounds_with_noise_of_other_patient_numbers_draw_from_another_name():
+    private = PrivacyConfig(clip_norm=1.0, noise_multiplier=1.0, unit="patient", expected_patients=2)
+    rounds = RoundsConfig()
+    names = {root_name("run", "task", rounds, private, counts) for counts in [(), (("a", 5),), (("a", 6),)]}
+    assert len(names) == 3
