@@ -1,80 +1,33 @@
 """DICOM series to a scan: order, spacing and Hounsfield units from what the files say, or a named error."""
 
-import hashlib
 import logging
-import secrets
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydicom.config import disable_value_validation
-from pydicom.dataset import Dataset
 
 from capsfl.ct import errors
-from capsfl.ct.scan import Scan, ScanSource, as_rows, orient, to_patient_axes
-from capsfl.ct.slices import (
-    DicomSlice,
-    header_number,
-    header_text,
-    read_header,
-    reason_to_skip,
-    slice_of,
-    stored_values,
-    to_hounsfield,
-)
-from capsfl.ct.stack import Stack, correct_tilt, fill_missing, stack_slices
+from capsfl.ct.errors import printable
+from capsfl.ct.headers import quiet_pydicom
+from capsfl.ct.pixels import decode, to_hounsfield
+from capsfl.ct.reader import ReaderConfig
+from capsfl.ct.scan import SOFTEST_AIR_HU, Scan, ScanSource, as_rows, orient
+from capsfl.ct.series import MIN_SLICES, FolderListing, Series, scan_folder
+from capsfl.ct.stack import Stack, fill_missing, shear
 
-__all__ = ["Scan", "ScanSource", "SeriesSummary", "list_series", "read_dicom"]
+__all__ = ["FolderListing", "ReaderConfig", "Scan", "ScanSource", "Series", "read_dicom", "read_series", "scan_folder"]
 
 logger = logging.getLogger(__name__)
 
-MIN_SLICES = 4
-
-
-@dataclass(frozen=True)
-class SeriesSummary:
-    """One series of a folder, as an error or a table lists it."""
-
-    number: int
-    """Position in the list, from 1; `series` accepts it."""
-    uid: str
-    """Series Instance UID; `series` accepts it or its ending."""
-    slices: int
-    rows: int
-    columns: int
-    pixel_spacing_mm: tuple[float, float]
-    kernel: str
-
-    def __str__(self) -> str:
-        spacing = self.pixel_spacing_mm[0]
-        return (
-            f"{self.number}: {self.slices} slices of {self.rows}x{self.columns}, {spacing:.3f} mm, "
-            f"kernel {self.kernel or 'unknown'}, UID ...{self.uid[-12:]}"
-        )
-
-
-def list_series(folder_or_files: Path | Iterable[Path]) -> tuple[SeriesSummary, ...]:
-    """List the CT series of a folder (searched in depth) or of some files, in the order of their UIDs.
-
-    Raises:
-        NoSeries: nothing in it is a CT series.
-        NotDicom, CorruptFile: a file named like DICOM cannot be read.
-    """
-    with _quiet_pydicom():
-        place, groups = _series_groups(folder_or_files)
-        return _summaries(groups, place)
+LISTED_SERIES = 6
+"""Series that a message lists before it counts the rest."""
 
 
 def read_dicom(
     folder_or_files: Path | Iterable[Path],
     *,
     series: str | None = None,
-    allow_interpolation: bool = False,
-    allow_tilt_correction: bool = False,
+    config: ReaderConfig | None = None,
     salt: bytes | None = None,
 ) -> Scan:
     """Read one CT series as a volume in Hounsfield units with the patient's axes.
@@ -85,212 +38,134 @@ def read_dicom(
     Args:
         folder_or_files: a folder (searched in depth) or the files themselves.
         series: which series, if there are several: its number in the list, its UID or the UID's ending.
-        allow_interpolation: fill missing slices linearly; the number is recorded in the source.
-        allow_tilt_correction: undo a gantry tilt by shearing; the angle is recorded in the source.
+        config: what may be mended: missing slices, gantry tilt.
         salt: secret bytes for the patient's pseudonym; fresh ones when None, so that pseudonyms of two
             calls cannot be joined.
 
     Raises:
         ScanError: the subclass names the fault, its message the file or folder and the remedy.
     """
-    with _quiet_pydicom():
-        place, groups = _series_groups(folder_or_files)
-        files = _choose(groups, series, place)
-        return _assemble(files, place, allow_interpolation, allow_tilt_correction, salt)
+    return read_series(_choose(scan_folder(folder_or_files, config=config, salt=salt, processes=1), series))
 
 
-@contextmanager
-def _quiet_pydicom() -> Iterator[None]:
-    """Keep pydicom from printing and logging odd values: they may be the patient's, and are checked here."""
-    log = logging.getLogger("pydicom")
-    disabled = log.disabled
-    with warnings.catch_warnings(), disable_value_validation():
-        warnings.simplefilter("ignore")
-        log.disabled = True
-        try:
-            yield
-        finally:
-            log.disabled = disabled
+def read_series(series: Series) -> Scan:
+    """Read the pixels of a series that `scan_folder` listed, each once.
 
-
-def _series_groups(folder_or_files: Path | Iterable[Path]) -> tuple[Path, list[list[DicomSlice]]]:
-    """Usable files by study, series and grid; the reasons for the others go to the log and to the errors."""
-    if isinstance(folder_or_files, str | Path):
-        place = Path(folder_or_files)
-        if not place.exists():
-            raise errors.NoSeries(place, "no such file or folder", "check the path")
-        paths = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
-    else:
-        paths = [Path(path) for path in folder_or_files]
-        place = paths[0].parent if paths else Path()
-    if not paths:
-        raise errors.NoSeries(place, "the folder is empty", "give the folder that holds the series' files")
-
-    files: list[DicomSlice] = []
-    skipped: Counter[str] = Counter()
-    refusal: errors.ScanError | None = None
-    for path in paths:
-        header = read_header(path, named=path == place)
-        reason = "not DICOM" if header is None else reason_to_skip(header)
-        if header is not None and reason is None:
-            try:
-                files.append(slice_of(path, header))
-                continue
-            except (errors.UnsupportedMultiframe, errors.UnsupportedColor) as error:
-                refusal = refusal or error
-                reason = error.fault
-        if header is None and path.suffix:
-            reason = f"{path.suffix.lower()} file, not DICOM"
-        logger.info("%s skipped: %s", path, reason)
-        skipped[str(reason)] += 1
-    if not files:
-        if refusal is not None:
-            raise refusal
-        found = ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common(4))
-        raise errors.NoSeries(place, f"no CT series (found {found})", "give a folder of axial CT slices")
-    return place, _group(files)
-
-
-def _group(files: list[DicomSlice]) -> list[list[DicomSlice]]:
-    groups: list[list[DicomSlice]] = []
-    for file in files:
-        for group in groups:
-            first = group[0]
-            if (
-                _uid(first) == _uid(file)
-                and (first.rows, first.columns) == (file.rows, file.columns)
-                and np.allclose(first.orientation, file.orientation, rtol=0.0, atol=2e-3)
-                and np.allclose(first.pixel_spacing, file.pixel_spacing, rtol=1e-3, atol=0.0)
-            ):
-                group.append(file)
-                break
-        else:
-            groups.append([file])
-    return sorted(groups, key=lambda group: (_uid(group[0]), -len(group)))
-
-
-def _choose(groups: list[list[DicomSlice]], series: str | None, place: Path) -> list[DicomSlice]:
-    summaries = _summaries(groups, place)
-    if series is not None:
-        chosen = [
-            group
-            for group, summary in zip(groups, summaries, strict=True)
-            if str(summary.number) == series or (len(series) > 3 and summary.uid.endswith(series))
-        ]
-        if len(chosen) != 1:
-            listed = " | ".join(map(str, summaries))
-            fault = f"--series {series} matches {len(chosen)} of {len(groups)} series"
-            raise errors.SeveralSeries(place, fault, f"choose one of: {listed}")
-        groups = chosen
-    large = [group for group in groups if len(group) >= MIN_SLICES]
-    if not large:
-        most = max(len(group) for group in groups)
-        fault = f"{most} slice{'s' if most != 1 else ''} in the largest series"
-        raise errors.TooFewSlices(place, fault, f"a volume needs at least {MIN_SLICES}")
-    for group in groups:
-        if len(group) >= MIN_SLICES:
-            continue
-        if any(_uid(other[0]) == _uid(group[0]) for other in large):
-            raise errors.InconsistentGeometry(
-                group[0].path, "its grid or orientation differs from the rest of its series", "remove it"
-            )
-        logger.info("%s skipped: a series of %d slices", group[0].path, len(group))
-    if len(large) > 1:
-        listed = " | ".join(map(str, summaries))
-        raise errors.SeveralSeries(place, f"{len(large)} series", f"choose one with --series: {listed}")
-    return large[0]
-
-
-def _assemble(
-    files: list[DicomSlice],
-    place: Path,
-    allow_interpolation: bool,
-    allow_tilt_correction: bool,
-    salt: bytes | None,
-) -> Scan:
-    pixels: dict[int, np.ndarray] = {}
-
-    def stored(index: int) -> np.ndarray:
-        if index not in pixels:
-            pixels[index] = stored_values(files[index])
-        return pixels[index]
-
-    first = files[0]
-    stack = stack_slices(
-        np.stack([file.position for file in files]),
-        np.mean([file.orientation for file in files], axis=0),
-        first.pixel_spacing,
-        same=lambda a, b: np.array_equal(stored(a), stored(b)),
-        names=[file.path.name for file in files],
-        place=place,
-        allow_interpolation=allow_interpolation,
-        allow_tilt_correction=allow_tilt_correction,
-    )
-    if len(stack.order) < MIN_SLICES:
-        raise errors.TooFewSlices(
-            place, f"{len(stack.order)} different slices", f"a volume needs at least {MIN_SLICES}"
-        )
-    hu = np.empty((len(stack.order), first.rows, first.columns), np.float32)
-    valid = np.ones(hu.shape, bool)
-    for target, index in enumerate(stack.order):
-        to_hounsfield(files[index], stored(index), hu[target], valid[target])
-        pixels.pop(index)
-    hu, valid = fill_missing(hu, valid, stack)
-    if stack.tilt_degrees:
-        hu, valid = correct_tilt(hu, valid, stack)
-    return _scan(hu, valid, stack, files, place, salt)
-
-
-def _scan(
-    hu: np.ndarray, valid: np.ndarray, stack: Stack, files: list[DicomSlice], place: Path, salt: bytes | None
-) -> Scan:
-    shape = (hu.shape[0], hu.shape[1], hu.shape[2])
-    axes, flips, affine = orient(stack.affine, shape, place=place)
-    header = files[0].header
-    burned_in = str(header.get("BurnedInAnnotation", "")).upper() == "YES"
-    if burned_in:
-        logger.warning("%s: the series declares burned-in annotation; check it before sharing", place)
+    Raises:
+        ScanError: the series' own refusal, or what its pixels show: CorruptFile, DuplicatePositions, WrongFormat.
+    """
+    if series.refusal is not None:
+        raise series.refusal
+    stack = series.stack
+    assert stack is not None
+    shape = stack.grid(series.rows, series.columns)
+    axes, flips, affine = orient(stack.affine, shape, place=series.place)
     source = ScanSource(
         format="dicom",
-        pseudonym=_pseudonym(header, salt),
+        pseudonym=series.pseudonym,
         shape=shape,
         affine=as_rows(stack.affine),
         axes=axes,
         flips=flips,
-        manufacturer=header_text(header, "Manufacturer"),
-        model=header_text(header, "ManufacturerModelName"),
-        kernel=header_text(header, "ConvolutionKernel"),
-        slice_thickness_mm=header_number(header, "SliceThickness"),
-        tube_voltage_kv=header_number(header, "KVP"),
-        burned_in_annotation=burned_in,
-        dropped_duplicates=len(files) - len(stack.order),
+        manufacturer=series.facts.manufacturer,
+        model=series.facts.model,
+        kernel=series.facts.kernel,
+        slice_thickness_mm=series.facts.slice_thickness_mm,
+        tube_voltage_kv=series.facts.tube_voltage_kv,
+        burned_in_annotation=series.facts.burned_in_annotation,
+        dropped_duplicates=len(stack.duplicates),
         interpolated_slices=stack.missing,
         corrected_tilt_degrees=stack.tilt_degrees,
+        patient_known=series.slices[0].patient_known,
     )
-    oriented = np.ascontiguousarray(to_patient_axes(hu, axes, flips))
-    return Scan(oriented, np.ascontiguousarray(to_patient_axes(valid, axes, flips)), affine, source)
-
-
-def _summaries(groups: list[list[DicomSlice]], place: Path) -> tuple[SeriesSummary, ...]:
-    return tuple(
-        SeriesSummary(
-            number,
-            _uid(group[0])[1],
-            len(group),
-            group[0].rows,
-            group[0].columns,
-            group[0].pixel_spacing,
-            header_text(group[0].header, "ConvolutionKernel"),
+    if source.burned_in_annotation:
+        logger.warning("%s: the series declares burned-in annotation; check it before sharing", printable(series.place))
+    hu = np.empty([shape[axis] for axis in axes], np.float32)
+    valid = np.empty(hu.shape, bool)
+    # Slices are written through a view in the series' own order, so that the volume is never held twice.
+    with quiet_pydicom():
+        lowest = _fill(series, stack, source.to_series(hu), source.to_series(valid))
+    if not lowest < SOFTEST_AIR_HU:
+        raise errors.WrongFormat(
+            series.place,
+            f"not Hounsfield units (the lowest value is {lowest:g}, air is -1000)",
+            "export the original CT, not a windowed picture",
         )
-        for number, group in enumerate(groups, start=1)
-    )
+    return Scan(hu, valid, affine, source)
 
 
-def _uid(file: DicomSlice) -> tuple[str, str]:
-    return str(file.header.get("StudyInstanceUID", "")), str(file.header.get("SeriesInstanceUID", ""))
+def _fill(series: Series, stack: Stack, hu: np.ndarray, valid: np.ndarray) -> float:
+    """Decode all slices into the (slice, row, column) arrays, each once; the lowest valid HU."""
+    plane_of = dict(zip(stack.order, stack.planes, strict=True))
+    plane_of |= {dropped: plane_of[kept] for kept, dropped in stack.duplicates}
+    written: dict[int, str] = {}
+    lowest = np.inf
+    for index, stored in decode(series.slices):
+        file, plane = series.slices[index], plane_of[index]
+        twin = written.get(plane)
+        out, kept = (hu[plane], valid[plane]) if twin is None else _buffers(hu.shape[1:])
+        if stack.tilt_degrees:
+            slice_hu, slice_valid = _buffers(stored.shape)
+            lowest = min(lowest, to_hounsfield(file, stored, slice_hu, slice_valid))
+            shear(slice_hu, slice_valid, stack, plane, out, kept)
+        else:
+            lowest = min(lowest, to_hounsfield(file, stored, out, kept))
+        if twin is None:
+            written[plane] = file.name
+        elif np.array_equal(out, hu[plane]) and np.array_equal(kept, valid[plane]):
+            logger.warning("%s: dropped, the same slice as %s", printable(series.place / file.name), printable(twin))
+        else:
+            along = float(np.dot(file.position, stack.affine[:3, 0]) / stack.spacing_mm)
+            raise errors.DuplicatePositions(
+                series.place,
+                f"{twin} and {file.name} differ at one position ({along:.2f} mm along the normal)",
+                "keep one phase or reconstruction per folder",
+            )
+    fill_missing(hu, valid, stack)
+    return lowest
 
 
-def _pseudonym(header: Dataset, salt: bytes | None) -> str:
-    identity = str(header.get("PatientID") or header.get("StudyInstanceUID") or "")
-    digest = hashlib.sha256((salt or secrets.token_bytes(32)) + identity.encode())
-    return f"patient-{digest.hexdigest()[:16]}"
+def _buffers(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(shape, np.float32), np.empty(shape, bool)
+
+
+def _choose(listing: FolderListing, wanted: str | None) -> Series:
+    """The one series to read; what is no volume is passed by with a logged reason."""
+    if wanted is not None:
+        chosen = [
+            series
+            for series in listing.series
+            if str(series.number) == wanted or (len(wanted) > 3 and series.uid.endswith(wanted))
+        ]
+        if len(chosen) != 1:
+            raise errors.SeveralSeries(
+                listing.place,
+                f"--series {wanted} matches {len(chosen)} of {len(listing.series)} series",
+                f"choose one of: {_listed(listing.series)}",
+            )
+        return chosen[0]
+    if listing.broken:
+        raise listing.broken[0][1]
+    if not listing.series:
+        raise errors.NoSeries(listing.place, f"no CT series (found {listing.found()})", "give a folder of CT slices")
+    large = [series for series in listing.series if len(series.slices) >= MIN_SLICES]
+    if not large:
+        refusal = max(listing.series, key=lambda series: len(series.slices)).refusal
+        assert refusal is not None  # too few slices, at the least
+        raise refusal
+    for series in listing.series:
+        if series not in large:
+            first, *others = series.files
+            more = f" and {len(others)} more" if others else ""
+            fault = series.refusal.fault if series.refusal is not None else ""
+            logger.warning("%s%s left out: %s", printable(first), more, fault)
+    if len(large) > 1:
+        fault = f"{len(large)} series"
+        raise errors.SeveralSeries(listing.place, fault, f"choose one with --series: {_listed(large)}")
+    return large[0]
+
+
+def _listed(series: Sequence[Series]) -> str:
+    names = [str(one) for one in series[:LISTED_SERIES]]
+    more = len(series) - len(names)
+    return " | ".join(names) + (f" | and {more} more" if more > 0 else "")

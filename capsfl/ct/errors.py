@@ -3,16 +3,26 @@
 from pathlib import Path
 
 
+def printable(text: object) -> str:
+    """The text on one line: what would break a line, a terminal or an encoding is written as an escape."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in str(text))
+
+
 class ScanError(ValueError):
     """A scan that cannot be used; the message is one line: the place, the fault, the remedy."""
 
     def __init__(self, place: Path | str, fault: str, remedy: str) -> None:
         """Keep the three parts apart, so that a table can show them and a process can pickle them."""
-        super().__init__(str(place), fault, remedy)
-        self.place, self.fault, self.remedy = str(place), fault, remedy
+        parts = (printable(place), printable(fault), remedy)
+        super().__init__(*parts)
+        self.place, self.fault, self.remedy = parts
 
     def __str__(self) -> str:
         return f"{self.place}: {self.fault}; {self.remedy}"
+
+
+class Unreadable(ScanError):
+    """A file or folder cannot be opened: permissions, a broken link, a failing disk, a special file."""
 
 
 class NotDicom(ScanError):
@@ -56,7 +66,7 @@ class MissingRescale(ScanError):
 
 
 class UnsupportedMultiframe(ScanError):
-    """An enhanced (multi-frame) object, which the reader does not take apart."""
+    """A multi-frame object whose functional groups do not say where each frame lies."""
 
 
 class UnsupportedColor(ScanError):
@@ -67,8 +77,16 @@ class MissingDecoder(ScanError):
     """The pixels are compressed and no installed package decodes them."""
 
 
+class TooLarge(ScanError):
+    """A scan declares, or unpacks to, more than the reader takes; nothing of it was read."""
+
+
 class CorruptVolume(ScanError):
     """A stored standard volume is incomplete, damaged or of another format version."""
+
+
+class WrongLayout(ScanError):
+    """A folder does not have the layout of the collection that it is said to hold."""
 
 
 class GantryTilt(ScanError):
@@ -79,10 +97,10 @@ class GantryTilt(ScanError):
         super().__init__(
             place,
             f"gantry tilt of {angle_degrees:.1f} degrees between slice normal and table travel",
-            "correct it with allow_tilt_correction=True or use an untilted series",
+            "set reader.allow_tilt_correction to shear it straight, or use an untilted series",
         )
         self.angle_degrees = angle_degrees
-        self.args = (str(place), angle_degrees)
+        self.args = (self.place, angle_degrees)
 
 
 class ManifestError(ValueError):

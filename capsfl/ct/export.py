@@ -16,6 +16,8 @@ from capsfl.ct.scan import Scan
 
 PLANES = ("axial", "coronal", "sagittal")
 POSITIONS = (0.3, 0.5, 0.7)
+NOTICE = "not for clinical use"
+"""Stands in every file that shows or carries a prediction."""
 
 
 def write_nifti_mask(path: Path, mask_or_probability: np.ndarray, scan: Scan) -> None:
@@ -33,27 +35,29 @@ def write_nifti_mask(path: Path, mask_or_probability: np.ndarray, scan: Scan) ->
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: not a NIfTI name; end it in .nii or .nii.gz")
-    _check_shape(mask_or_probability, scan)
+    check_shape(mask_or_probability, scan)
     series = scan.source.to_series(np.asarray(mask_or_probability))
     stored = series.astype(np.uint8 if series.dtype == bool else np.float32)
     affine = RAS_TO_LPS @ np.array(scan.source.affine) @ REVERSE
     image = nibabel.Nifti1Image(stored.transpose(2, 1, 0), affine)
     image.header.set_xyzt_units("mm")
+    image.header["descrip"] = f"capsfl: {NOTICE}"
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
-    _atomically(path, lambda partial: nibabel.save(image, partial))
+    write_atomically(path, lambda partial: nibabel.save(image, partial))
 
 
-def write_overlay_png(path: Path, scan: Scan, mask: np.ndarray) -> None:
+def write_overlay_png(path: Path, scan: Scan, mask: np.ndarray, *, title: str = "") -> None:
     """Draw three axial, coronal and sagittal slices in the lung window with the mask's outline.
 
     The slices cut the mask where it holds anything, else the scan, at 30, 50 and 70 %. Radiological
-    convention: the patient's right is on the left.
+    convention: the patient's right is on the left, and where the left side is front it says A.
 
     Args:
         path: a .png file.
         scan: the scan.
         mask: (z, y, x) bool on the scan's grid.
+        title: what the picture shows, in a few words.
 
     Raises:
         ValueError: the shape is not the scan's, or the name does not end in .png.
@@ -62,7 +66,7 @@ def write_overlay_png(path: Path, scan: Scan, mask: np.ndarray) -> None:
     path = Path(path)
     if path.suffix != ".png":
         raise ValueError(f"{path}: not a PNG name; end it in .png")
-    _check_shape(mask, scan)
+    check_shape(mask, scan)
     mask = np.asarray(mask, bool)
     gray = window(scan.hu)
     figure = Figure(figsize=(9, 9), facecolor="black", layout="constrained")
@@ -80,9 +84,11 @@ def write_overlay_png(path: Path, scan: Scan, mask: np.ndarray) -> None:
             if outline.any():
                 panel.contour(outline.astype(np.float32), levels=[0.5], colors="#ff5050", linewidths=0.8)
             panel.set_title(f"{plane} {index + 1}/{scan.hu.shape[row]}", color="white", fontsize=9)
+            side = "A" if plane == "sagittal" else "R"
+            panel.text(0.02, 0.5, side, color="white", fontsize=9, transform=panel.transAxes, va="center")
             panel.set_axis_off()
-    figure.suptitle("not for clinical use", color="white", fontsize=10)
-    _atomically(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+    figure.suptitle(f"{title} · {NOTICE}" if title else NOTICE, color="white", fontsize=10)
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
 
 
 def _slices(mask: np.ndarray, axis: int) -> list[int]:
@@ -92,7 +98,8 @@ def _slices(mask: np.ndarray, axis: int) -> list[int]:
     return [round(low + position * (high - low)) for position in POSITIONS]
 
 
-def _check_shape(values: np.ndarray, scan: Scan) -> None:
+def check_shape(values: np.ndarray, scan: Scan) -> None:
+    """Raises ValueError where values are not on the scan's grid."""
     if values.shape != scan.hu.shape:
         raise ValueError(
             f"mask: shape {values.shape}, the scan has {scan.hu.shape}; "
@@ -100,8 +107,12 @@ def _check_shape(values: np.ndarray, scan: Scan) -> None:
         )
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the place and rename; the suffixes stay, because writers choose the format by them."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the place and rename; the suffixes stay, because writers choose the format by them.
+
+    Raises:
+        StorageError: the place is read-only or full; nothing half-written is left.
+    """
     partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:
         write(partial)

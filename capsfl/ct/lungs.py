@@ -1,5 +1,6 @@
 """The lungs by a classical method: air in the body, without airway, closed over vessels and lesions."""
 
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -9,7 +10,8 @@ AIR_BELOW_HU = -320.0
 """Halfway between aerated lung (about -860) and soft tissue (about 40), rounded up: the usual threshold."""
 AIRWAY_BELOW_HU = -930.0
 GAS_BELOW_HU = -950.0
-"""Mean of a stomach or bowel full of gas, which even an emphysematous lung does not reach."""
+"""Median of a stomach or bowel full of gas and of the air around a patient, which even an emphysematous lung does not
+reach."""
 AIRWAY_MAX_AREA_MM2 = 1000.0
 LUNG_MIN_ML = 50.0
 LUNG_MIN_SHARE = 0.12
@@ -18,6 +20,15 @@ CLOSING_MM = 9.0
 HOLE_MAX_MM2 = 1500.0
 """Larger holes in a closed slice are the heart between two lungs that met, not a vessel or a lesion."""
 SEARCH_SPACING_MM = 4.0
+BODY_SPACING_MM = (4.0, 2.6, 2.6)
+"""Grid on which the body is sought; finer ones take its border from their own voxels."""
+GAS_MIN_MM2 = 150.0
+"""Smaller cross-sections hold too few voxels for their median to tell gas from lung."""
+OPEN_LUNG_MIN_MM2 = 1500.0
+OPEN_LUNG_REACH_MM = 8.0
+OPEN_LUNG_WALL = 0.7
+"""A lung that the field of view cuts open is still walled within this distance along this share of two opposite sides;
+the foam of a couch is not."""
 BODY_OPENING_MM = 6.0
 """Blankets, cables and the shells of a couch are thinner than twice this; the chest wall is thicker."""
 
@@ -36,40 +47,138 @@ def lung_mask(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndar
         hu: (z, y, x) HU, axes towards Superior, Posterior, Left.
         spacing_mm: voxel distances along (z, y, x).
     """
-    air = np.asarray(hu) < AIR_BELOW_HU
-    inner = air & ~_outer_air(air)
+    hu = np.asarray(hu)
+    air = hu < AIR_BELOW_HU
+    inner = air & ~_outer_air(air, hu, spacing_mm)
     inner &= ~_airway(inner, hu, spacing_mm)
+    inner &= ~_gas(inner, hu, spacing_mm)
     labels, count = _components(inner, IN_SPACE)
-    if count == 0:
-        return inner
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
-    voxels = np.bincount(labels.ravel())[1:]
-    mean_hu = np.bincount(labels.ravel(), weights=np.asarray(hu).ravel())[1:] / voxels
-    volumes = voxels * voxel_ml * (mean_hu >= GAS_BELOW_HU)
-    keep = (volumes >= LUNG_MIN_ML) & (volumes >= LUNG_MIN_SHARE * volumes.max())
-    lungs = np.concatenate([[False], keep])[labels]
-    return _closed(lungs, spacing_mm)
+    volumes = np.bincount(labels.ravel(), minlength=count + 1) * (float(np.prod(spacing_mm)) / 1000)
+    volumes[0] = 0
+    boxes = ndimage.find_objects(labels)
+    for label in np.flatnonzero(volumes >= LUNG_MIN_ML):
+        box = boxes[label - 1]
+        if _median(hu[box], labels[box] == label) < GAS_BELOW_HU:
+            volumes[label] = 0
+    return _closed(((volumes >= LUNG_MIN_ML) & (volumes >= LUNG_MIN_SHARE * volumes.max()))[labels], spacing_mm)
 
 
 def body_mask(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Segment the body with all that it encloses, (z, y, x) bool; couch, blankets and cables are left out.
 
     Every slice is filled, then opened in the axial plane, which parts the body from thin things that touch it, and
-    the largest piece is kept. The whole body has to be in view: where a crop opens the chest wall,
-    the lung behind it would count as outside.
+    the largest piece is kept. That is done on a grid of about 4 x 2.6 x 2.6 mm; on finer ones the voxels that lie
+    along the border of what was found there decide for themselves, by the same threshold.
 
     Args:
         hu: (z, y, x) HU.
         spacing_mm: voxel distances along (z, y, x).
     """
-    filled = ~_outer_air(np.asarray(hu) < AIR_BELOW_HU)
+    hu = np.asarray(hu)
+    strides = tuple(
+        min(max(1, round(wanted / has)), size)
+        for wanted, has, size in zip(BODY_SPACING_MM, spacing_mm, hu.shape, strict=True)
+    )
+    coarse = hu[tuple(slice(stride // 2, None, stride) for stride in strides)]
+    z, y, x = (stride * has for stride, has in zip(strides, spacing_mm, strict=True))
+    # Slices of nothing but air, at most one at either end, say what those between them do.
+    tissue = np.flatnonzero((coarse >= AIR_BELOW_HU).any(axis=(1, 2)))
+    body = np.zeros(coarse.shape, bool)
+    if not tissue.size:
+        return np.zeros(hu.shape, bool)
+    part = slice(max(0, tissue[0] - 1), tissue[-1] + 2)
+    body[part] = _body(coarse[part], (z, y, x))
+    if strides == (1, 1, 1):
+        return body
+    # What the field of view cuts has no border there.
+    within = _eroded(body, (0, 1, 2), outside=True)
+    around = ~_eroded(~body, (0, 1, 2), outside=True)
+    fine = np.zeros(hu.shape, bool)
+    for index, (outer, inner) in enumerate(zip(around, within, strict=True)):
+        if not outer.any():
+            continue
+        planes = slice(index * strides[0], None if index == len(body) - 1 else (index + 1) * strides[0])
+        np.greater_equal(hu[planes], AIR_BELOW_HU, out=fine[planes])
+        fine[planes] &= _spread(outer, strides[1:], hu.shape[1:])
+        fine[planes] |= _spread(inner, strides[1:], hu.shape[1:])
+    return fine
+
+
+def _spread(plane: np.ndarray, strides: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Repeat a plane's voxels `strides` times along y and x; what a last one leaves over goes to it."""
+    for axis, (stride, size) in enumerate(zip(strides, shape, strict=True)):
+        plane = plane.repeat(stride, axis)
+        if plane.shape[axis] != size:
+            plane = plane.take(range(size), axis, mode="clip")
+    return plane
+
+
+def _body(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    filled = ~_outer_air(hu < AIR_BELOW_HU, hu, spacing_mm)
+    core = filled
     steps = max(1, round(BODY_OPENING_MM / max(spacing_mm[1:])))
-    core = ndimage.binary_erosion(filled, IN_PLANE, iterations=steps)
+    for _ in range(steps):
+        core = _eroded(core, (1, 2), outside=False)
     labels, count = _components(core, IN_SPACE)
     if count == 0:
         return np.zeros_like(filled)
-    largest = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    return np.asarray(ndimage.binary_dilation(largest, IN_PLANE, iterations=steps, mask=filled))
+    core = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    for _ in range(steps):
+        core = ~_eroded(~core, (1, 2), outside=True) & filled
+    return core
+
+
+def _eroded(mask: np.ndarray, axes: tuple[int, ...], *, outside: bool) -> np.ndarray:
+    """Erode by the two neighbours along each of some axes, with `outside` around the array; dilates a complement."""
+    result = mask.copy()
+    for axis in axes:
+        shifted = np.moveaxis(result, axis, 0), np.moveaxis(mask, axis, 0)
+        shifted[0][1:] &= shifted[1][:-1]
+        shifted[0][:-1] &= shifted[1][1:]
+        if not outside:
+            shifted[0][[0, -1]] = False
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseLungs:
+    """The lungs on every n-th voxel of a scan along each axis: a grid of about 4 mm."""
+
+    mask: np.ndarray
+    """(z, y, x) bool with a voxel of lung at least."""
+    strides: tuple[int, int, int]
+    """How many voxels of the scan a voxel of the mask stands for along (z, y, x)."""
+    shape: tuple[int, ...]
+    """Shape of the scan."""
+
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """The (low, high) corners (3,) in the scan's voxels, high exclusive."""
+        low, high = np.empty(3, int), np.empty(3, int)
+        for axis, (stride, size) in enumerate(zip(self.strides, self.shape, strict=True)):
+            used = np.flatnonzero(self.mask.any(axis=tuple(other for other in range(3) if other != axis)))
+            low[axis] = used[0] * stride
+            high[axis] = min((used[-1] + 1) * stride, size)
+        return low, high
+
+    def fraction_outside(self, low: np.ndarray, high: np.ndarray) -> float:
+        """The share of the lungs that lies outside the (low, high) corners (3,), in the scan's voxels."""
+        z, y, x = (
+            (np.arange(count) * stride >= a - 0.5) & (np.arange(count) * stride <= b - 0.5)
+            for count, stride, a, b in zip(self.mask.shape, self.strides, low, high, strict=True)
+        )
+        return 1 - float(self.mask[np.ix_(z, y, x)].sum() / self.mask.sum())
+
+
+def find_lungs(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> CoarseLungs | None:
+    """Search the lungs on a grid of about 4 mm, which places them to that accuracy; None without lungs.
+
+    Args:
+        hu: (z, y, x) HU, axes towards Superior, Posterior, Left.
+        spacing_mm: voxel distances along (z, y, x).
+    """
+    i, j, k = (max(1, round(SEARCH_SPACING_MM / spacing)) for spacing in spacing_mm)
+    mask = lung_mask(hu[::i, ::j, ::k], (i * spacing_mm[0], j * spacing_mm[1], k * spacing_mm[2]))
+    return CoarseLungs(mask, (i, j, k), hu.shape) if mask.any() else None
 
 
 def lung_box(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -77,19 +186,8 @@ def lung_box(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[np
 
     Searches on a grid of about 4 mm, which bounds the box to that accuracy.
     """
-    strides = [max(1, round(SEARCH_SPACING_MM / spacing)) for spacing in spacing_mm]
-    coarse = hu[:: strides[0], :: strides[1], :: strides[2]]
-    z, y, x = (stride * spacing for stride, spacing in zip(strides, spacing_mm, strict=True))
-    lungs = lung_mask(coarse, (z, y, x))
-    if not lungs.any():
-        return None
-    low, high = np.empty(3, int), np.empty(3, int)
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        used = np.flatnonzero(lungs.any(axis=others))
-        low[axis] = used[0] * strides[axis]
-        high[axis] = min((used[-1] + 1) * strides[axis], hu.shape[axis])
-    return low, high
+    lungs = find_lungs(hu, spacing_mm)
+    return None if lungs is None else lungs.box()
 
 
 def _components(mask: np.ndarray, structure: np.ndarray) -> tuple[np.ndarray, int]:
@@ -99,14 +197,65 @@ def _components(mask: np.ndarray, structure: np.ndarray) -> tuple[np.ndarray, in
     return labels, cast(int, count)
 
 
-def _outer_air(air: np.ndarray) -> np.ndarray:
-    """Air that reaches the side of the field of view; the lungs may reach its first and last slice."""
+def _outer_air(air: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Air that reaches the side of the field of view; the lungs may reach its first and last slice.
+
+    A field of view that cuts the chest opens a lung to a side. Such a lung is denser than air, and tissue that is
+    thicker than a couch's shell walls it on the two sides beside its opening.
+    """
     labels, count = _components(air, IN_PLANE)
     outer = np.zeros(count + 1, bool)
     for edge in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
         outer[np.unique(edge)] = True
     outer[0] = False
+    areas = np.bincount(labels.ravel(), minlength=count + 1) * (spacing_mm[1] * spacing_mm[2])
+    boxes = ndimage.find_objects(labels)
+    for label in np.flatnonzero(outer & (areas >= OPEN_LUNG_MIN_MM2)):
+        box = boxes[label - 1]
+        component = labels[box] == label
+        if _median(hu[box], component) >= GAS_BELOW_HU:
+            outer[label] = not _is_walled(labels[box[0].start] == label, air[box[0].start], spacing_mm)
     return outer[labels]
+
+
+def _is_walled(component: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]) -> bool:
+    """Whether thick tissue lies on both sides of most of a region of a slice: front and back, or right and left."""
+    steps = max(1, round(BODY_OPENING_MM / max(spacing_mm[1:])))
+    thick = ~air  # opened, so that it is tissue less what thin things there are
+    for _ in range(steps):
+        thick = _eroded(thick, (0, 1), outside=False)
+    for _ in range(steps):
+        thick = ~_eroded(~thick, (0, 1), outside=True) & ~air
+    return _between(component, thick, spacing_mm[1]) or _between(component.T, thick.T, spacing_mm[2])
+
+
+def _between(component: np.ndarray, thick: np.ndarray, spacing_mm: float) -> bool:
+    columns = np.flatnonzero(component.any(axis=0))
+    reach = 1 + np.arange(max(1, round(OPEN_LUNG_REACH_MM / spacing_mm)))[:, None]
+    for region, tissue in ((component, thick), (component[::-1], thick[::-1])):
+        rows = region[:, columns].argmax(axis=0) - reach
+        if np.mean((tissue[rows.clip(0), columns] & (rows >= 0)).any(axis=0)) <= OPEN_LUNG_WALL:
+            return False
+    return True
+
+
+def _median(hu: np.ndarray, region: np.ndarray) -> float:
+    """Median of a region, of a thousand of its voxels where it has more."""
+    values = hu[region]
+    return float(np.median(values[:: 1 + len(values) // 1000]))
+
+
+def _gas(inner: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Cross-sections of gas: stomach and bowel, which only a thin diaphragm parts from the lung."""
+    labels, count = _components(inner, IN_PLANE)
+    gas = np.zeros(count + 1, bool)
+    areas = np.bincount(labels.ravel(), minlength=count + 1) * (spacing_mm[1] * spacing_mm[2])
+    areas[0] = 0
+    boxes = ndimage.find_objects(labels)
+    for label in np.flatnonzero(areas >= GAS_MIN_MM2):
+        box = boxes[label - 1]
+        gas[label] = _median(hu[box], labels[box] == label) < GAS_BELOW_HU
+    return gas[labels]
 
 
 def _airway(inner: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
@@ -114,13 +263,13 @@ def _airway(inner: np.ndarray, hu: np.ndarray, spacing_mm: tuple[float, float, f
     labels, count = _components(inner, IN_PLANE)
     if count == 0:
         return np.zeros_like(inner)
-    area = np.bincount(labels.ravel())[1:] * spacing_mm[1] * spacing_mm[2]
-    smooth = np.empty(inner.shape, np.float32)
-    for plane, values in enumerate(hu):  # the mean of 3 x 3 pixels, so that noise in lung does not reach air
-        ndimage.uniform_filter(np.asarray(values, np.float32), 3, output=smooth[plane])
-    darkest = np.asarray(ndimage.minimum(smooth, labels, np.arange(1, count + 1)))
-    airway = (area <= AIRWAY_MAX_AREA_MM2) & (darkest < AIRWAY_BELOW_HU)
-    return np.concatenate([[False], airway])[labels]
+    area = np.bincount(labels.ravel()) * (spacing_mm[1] * spacing_mm[2])
+    # The mean of 3 x 3 pixels, so that noise in lung does not reach air.
+    smooth = np.asarray(ndimage.uniform_filter(np.asarray(hu, np.float32), size=3, axes=(1, 2)))
+    core = np.bincount(labels[smooth < AIRWAY_BELOW_HU], minlength=count + 1) > 0
+    airway = core & (area <= AIRWAY_MAX_AREA_MM2)
+    airway[0] = False
+    return airway[labels]
 
 
 def _closed(lungs: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
@@ -129,12 +278,15 @@ def _closed(lungs: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.nda
     rows, columns = (int(np.ceil(CLOSING_MM / spacing)) + 1 for spacing in sampling)
     closed = np.zeros_like(lungs)
     for plane in np.flatnonzero(lungs.any(axis=(1, 2))):
-        padded = np.pad(lungs[plane], [(rows, rows), (columns, columns)])
-        # With distances a large disk costs no more than a small one.
+        used = lungs[plane]
+        y, x = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
+        box = slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
+        padded = np.pad(used[box], [(rows, rows), (columns, columns)])
+        # With distances a large disk costs no more than a small one. A closing never leaves the box.
         grown = np.asarray(ndimage.distance_transform_edt(~padded, sampling=sampling)) <= CLOSING_MM
         shrunk = np.asarray(ndimage.distance_transform_edt(grown, sampling=sampling)) > CLOSING_MM
         filled = _filled(shrunk | padded, sampling[0] * sampling[1])
-        closed[plane] = filled[rows:-rows, columns:-columns]
+        closed[plane][box] = filled[rows:-rows, columns:-columns]
     return closed
 
 

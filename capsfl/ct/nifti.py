@@ -1,56 +1,47 @@
 """NIfTI volumes and masks to the patient's axes; NIfTI speaks RAS, everything here speaks LPS."""
 
 import hashlib
-import warnings
-import zlib
 from pathlib import Path
-from typing import cast
 
-import nibabel
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 
 from capsfl.ct import errors
-from capsfl.ct.scan import AIR_HU, PADDING_HU, Scan, ScanSource, as_rows, orient, to_patient_axes
+from capsfl.ct.nifti_file import load_nifti
+from capsfl.ct.pixels import HIGHEST_HU
+from capsfl.ct.reader import ReaderConfig
+from capsfl.ct.scan import AIR_HU, PADDING_HU, SOFTEST_AIR_HU, Scan, ScanSource, as_rows, orient, to_patient_axes
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 REVERSE = np.eye(4)[[2, 1, 0, 3]]
 """Exchanges the index orders (i, j, k) of NIfTI and (k, j, i) of our arrays."""
 
-SOFTEST_AIR_HU = -500.0
-"""A chest CT always holds voxels below this; a picture stored as 0..255 never does."""
 
-
-def read_nifti(path: Path) -> Scan:
+def read_nifti(path: Path, *, config: ReaderConfig | None = None) -> Scan:
     """Read a CT volume in Hounsfield units; padding (below -1500 HU, or not finite) becomes -1000, invalid.
 
     Raises:
         WrongFormat: not NIfTI, not one volume, without geometry, or not Hounsfield units.
-        CorruptFile: the file is truncated.
-        InconsistentGeometry: sheared or oblique axes.
+        CorruptFile: the file is truncated, or holds more than its header says.
+        TooLarge: more voxels than `config.max_voxels`.
+        InconsistentGeometry: sheared or oblique axes, or qform and sform that contradict each other.
     """
     path = Path(path)
-    values, affine = _load(path)
-    shape = (values.shape[0], values.shape[1], values.shape[2])
-    finite = np.isfinite(values)
-    valid = finite & (values >= PADDING_HU)
-    lowest = float(values[finite].min()) if finite.any() else np.nan
-    if not lowest < SOFTEST_AIR_HU:
-        raise errors.WrongFormat(
-            path,
-            f"not Hounsfield units (the lowest value is {lowest:g}, air is -1000)",
-            "give the original CT, not a windowed picture",
-        )
-    hu = np.where(valid, values, np.float32(AIR_HU))
+    hu, affine = _load(path, config)
+    shape = (hu.shape[0], hu.shape[1], hu.shape[2])
     axes, flips, oriented = orient(affine, shape, place=path)
+    # File names of public collections carry patient numbers, so not even they are kept.
+    pseudonym = f"patient-{hashlib.sha256(hu.data).hexdigest()[:16]}"
+    valid = (hu >= PADDING_HU) & (hu < np.inf)
+    lowest = float(np.min(hu, where=valid, initial=np.inf))
+    highest = float(np.max(hu, where=valid, initial=-np.inf))
+    if not lowest < SOFTEST_AIR_HU or highest > HIGHEST_HU:
+        extreme = f"lowest value is {lowest:g}, air is -1000" if highest <= HIGHEST_HU else f"highest is {highest:g}"
+        raise errors.WrongFormat(
+            path, f"not Hounsfield units (the {extreme})", "give the original CT, not a windowed picture"
+        )
+    hu[~valid] = AIR_HU
     source = ScanSource(
-        format="nifti",
-        # File names of public collections carry patient numbers, so not even they are kept.
-        pseudonym=f"patient-{hashlib.sha256(values.tobytes()).hexdigest()[:16]}",
-        shape=shape,
-        affine=as_rows(affine),
-        axes=axes,
-        flips=flips,
+        format="nifti", pseudonym=pseudonym, shape=shape, affine=as_rows(affine), axes=axes, flips=flips
     )
     return Scan(
         np.ascontiguousarray(to_patient_axes(hu, axes, flips)),
@@ -60,15 +51,17 @@ def read_nifti(path: Path) -> Scan:
     )
 
 
-def read_nifti_mask(path: Path, *, like: Scan, threshold: float = 0.5) -> np.ndarray:
+def read_nifti_mask(
+    path: Path, *, like: Scan, threshold: float = 0.5, config: ReaderConfig | None = None
+) -> np.ndarray:
     """Read a mask as bool (z, y, x) on the grid of `like`: true where the stored value is >= threshold.
 
     Raises:
         InconsistentGeometry: the mask's grid differs from the scan's by more than a tenth of a voxel.
-        WrongFormat, CorruptFile: as for `read_nifti`.
+        WrongFormat, CorruptFile, TooLarge: as for `read_nifti`.
     """
     path = Path(path)
-    values, affine = _load(path)
+    values, affine = _load(path, config)
     shape = (values.shape[0], values.shape[1], values.shape[2])
     axes, flips, oriented = orient(affine, shape, place=path)
     mask = to_patient_axes(values, axes, flips)
@@ -87,28 +80,7 @@ def read_nifti_mask(path: Path, *, like: Scan, threshold: float = 0.5) -> np.nda
     return np.ascontiguousarray(mask >= threshold)
 
 
-def _load(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _load(path: Path, config: ReaderConfig | None) -> tuple[np.ndarray, np.ndarray]:
     """The array as (k, j, i) float32, and its (4, 4) array-order affine in LPS mm."""
-    if not path.is_file():
-        raise errors.WrongFormat(path, "no such file", "check the path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = cast(nibabel.Nifti1Image, nibabel.load(path))
-    except (ImageFileError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise errors.WrongFormat(path, "not a readable NIfTI file", "give a .nii or .nii.gz file") from error
-    if not isinstance(image, nibabel.Nifti1Image | nibabel.Nifti1Pair):
-        raise errors.WrongFormat(path, f"{type(image).__name__}, not NIfTI", "convert it to .nii.gz")
-    shape = image.shape
-    if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
-        raise errors.WrongFormat(path, f"shape {shape}", "give one three-dimensional volume")
-    if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
-        raise errors.WrongFormat(
-            path, "neither sform nor qform is set, so left and right are unknown", "set the orientation"
-        )
-    try:
-        values = np.asarray(image.dataobj, dtype=np.float32).reshape(shape[:3])
-    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
-        raise errors.CorruptFile(path, "the voxels cannot be read", "copy the file again") from error
-    affine = RAS_TO_LPS @ np.asarray(image.affine, np.float64) @ REVERSE
-    return values.transpose(2, 1, 0), affine
+    values, affine = load_nifti(path, max_voxels=(config or ReaderConfig()).max_voxels)
+    return values, RAS_TO_LPS @ affine @ REVERSE

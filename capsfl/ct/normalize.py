@@ -6,13 +6,15 @@ from typing import Literal
 
 import numpy as np
 
-from capsfl.ct.lungs import lung_box, lung_mask
-from capsfl.ct.resample import apply_weights, weight_matrix
+from capsfl.ct.errors import ScanError, printable
+from capsfl.ct.lungs import find_lungs, lung_box, lung_mask
+from capsfl.ct.resample import apply_weights, resample_hu, resample_mask, weight_matrix
 from capsfl.ct.scan import AIR_HU, Scan, ScanSource
 from capsfl.settings import Settings
 
 __all__ = [
     "EXTENT_MM",
+    "LUNG_WINDOW",
     "PRESETS",
     "SCANNER_WINDOWS",
     "StandardVolume",
@@ -44,7 +46,18 @@ SCANNER_WINDOWS = {
 }
 """Window level and width in HU of the paper's scanners (its Table II)."""
 
+SCANNER_MODELS = {
+    "SOMATOM Scope": "A1",
+    "SOMATOM Definition Edge": "A2",
+    "Brilliance 16": "B3",
+    "Brilliance iCT": "C5",
+    "16-slice": "C6",
+}
+"""Models of Table II, by words that a scanner's name in DICOM holds; B4 and C5 are one model with one window. Of C6 the
+table says no more than that, so that a GE scanner has to be named by hand."""
+
 LUNG_WINDOW = (-600.0, 1600.0)
+"""Window level and width in HU for all scanners, unless each is to have its own."""
 
 
 class VolumeConfig(Settings):
@@ -71,7 +84,7 @@ class StandardVolume:
     """A scan resampled to the standard grid, with what is needed to carry predictions back."""
 
     hu: np.ndarray
-    """(z, y, x) float32 HU in [-1024, 3071]; stored as int16."""
+    """(z, y, x) int16 HU in [-1024, 3071]."""
     valid: np.ndarray
     """(z, y, x) bool, False outside the scan and where the scanner padded."""
     masks: Mapping[str, np.ndarray]
@@ -84,7 +97,7 @@ class StandardVolume:
     """Shape (z, y, x) of the scan's grid."""
     source: ScanSource
     cropped_lung_fraction: float = field(default=0.0)
-    """Share of the lung box's voxels that the extent cut off; 0 when all of it fits or no lung was found."""
+    """Share of the lungs' volume that the extent cut off; 0 when all of it fits or no lung was found."""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -116,12 +129,13 @@ def standardize(scan: Scan, *, config: VolumeConfig, masks: Mapping[str, np.ndar
     spacing = np.array(scan.spacing_mm)
     steps = np.array(EXTENT_MM) / side / spacing
     center, cropped = (shape - 1) / 2, 0.0
-    box = lung_box(scan.hu, scan.spacing_mm) if config.center == "lungs" else None
-    if box is not None:
-        low, high = box
-        center = (low + high - 1) / 2
-        size = high - low
-        cropped = float(1 - np.prod(np.minimum(size, np.array(EXTENT_MM) / spacing) / size))
+    lungs = find_lungs(scan.hu, scan.spacing_mm)
+    if lungs is not None:
+        if config.center == "lungs":
+            low, high = lungs.box()
+            center = (low + high - 1) / 2
+        half = np.array(EXTENT_MM) / spacing / 2
+        cropped = lungs.fraction_outside(center + 0.5 - half, center + 0.5 + half)
     starts = center - steps * (side - 1) / 2
 
     def weights(kernel: Literal["lanczos", "linear"]) -> list[np.ndarray]:
@@ -131,20 +145,19 @@ def standardize(scan: Scan, *, config: VolumeConfig, masks: Mapping[str, np.ndar
         ]
 
     smooth, linear = weights("lanczos"), weights("linear")
-    hu = apply_weights(scan.hu, smooth, clip=HU_RANGE)
-    z, y, x = (np.any(matrix, axis=1).reshape(-1) for matrix in linear)
-    inside = z[:, None, None] & y[None, :, None] & x[None, None, :]
-    hu[~inside] = AIR_HU
-    np.clip(hu, *HU_RANGE, out=hu)
-    valid = inside if scan.valid.all() else apply_weights(scan.valid, linear) >= 0.5
+    if scan.valid.all():
+        valid = np.zeros((side, side, side), bool)
+        valid[np.ix_(*(np.flatnonzero(matrix.any(axis=1)) for matrix in linear))] = True
+    else:
+        valid = resample_mask(scan.valid, linear)
 
     affine = scan.affine.copy()
     affine[:3, :3] *= steps[None, :]
     affine[:3, 3] += scan.affine[:3, :3] @ starts
     return StandardVolume(
-        hu=hu,
+        hu=resample_hu(scan.hu, smooth, limits=HU_RANGE, outside=AIR_HU),
         valid=valid,
-        masks={name: apply_weights(mask, linear) >= 0.5 for name, mask in masks.items()},
+        masks={name: resample_mask(mask, linear) for name, mask in masks.items()},
         affine=affine,
         source_affine=scan.affine.copy(),
         source_shape=(int(shape[0]), int(shape[1]), int(shape[2])),
@@ -203,9 +216,9 @@ def window(hu: np.ndarray, level: float = LUNG_WINDOW[0], width: float = LUNG_WI
         width: width of the window in HU.
 
     Raises:
-        ValueError: the width is not positive.
+        ValueError: the width is not positive; one that jax traces is not looked at.
     """
-    if width <= 0:
+    if isinstance(width, int | float) and width <= 0:
         raise ValueError(f"width: {width} HU; a window needs a positive width")
     return ((hu.astype(np.float32) - level) / width).clip(-0.5, 0.5)
 
@@ -213,15 +226,22 @@ def window(hu: np.ndarray, level: float = LUNG_WINDOW[0], width: float = LUNG_WI
 def scanner_window(config: VolumeConfig, scanner: str | None) -> tuple[float, float]:
     """Window level and width in HU for a scan of the named scanner under the configured rule.
 
+    Args:
+        config: the rule.
+        scanner: an id of Table II, or a name that holds one of its models, as DICOM tags do.
+
     Raises:
-        ValueError: the rule is `scanner` and Table II does not know it.
+        ScanError: the rule is `scanner` and Table II does not know it.
     """
     if config.window == "fixed":
         return LUNG_WINDOW
-    if scanner not in SCANNER_WINDOWS:
-        known = ", ".join(SCANNER_WINDOWS)
-        raise ValueError(
-            f"window: no window for scanner {scanner!r} (known: {known}); use window = 'fixed' "
-            "or name the scanner in the manifest"
+    named = (scanner or "").casefold()
+    models = (number for model, number in SCANNER_MODELS.items() if model.casefold() in named)
+    number = scanner if scanner in SCANNER_WINDOWS else next(models, None)
+    if number is None:
+        raise ScanError(
+            f"scanner {printable(scanner)}" if scanner else "no scanner named",
+            'Table II has no window for it, which data.volumes.window = "scanner" needs',
+            f'name one of {", ".join(SCANNER_WINDOWS)} as the scanner, or train with window = "fixed"',
         )
-    return SCANNER_WINDOWS[scanner]
+    return SCANNER_WINDOWS[number]

@@ -12,6 +12,9 @@ AIR_HU = -1000.0
 PADDING_HU = -1500.0
 """Below this no tissue and no noise reaches: scanners and converters mark padding there (-2000, -3024)."""
 
+SOFTEST_AIR_HU = -500.0
+"""A chest CT always holds voxels below this; a picture stored as 0..255 never does."""
+
 MAX_OBLIQUITY_DEGREES = 30.0
 MAX_SHEAR_DEGREES = 0.1
 
@@ -45,6 +48,8 @@ class ScanSource:
     dropped_duplicates: int = 0
     interpolated_slices: int = 0
     corrected_tilt_degrees: float = 0.0
+    patient_known: bool = True
+    """Whether the pseudonym stands for a person; without a usable PatientID it stands for one study or folder."""
 
     def to_series(self, values: np.ndarray) -> np.ndarray:
         """Turn values on the scan's grid, (z, y, x), back into the order of the series' own array."""

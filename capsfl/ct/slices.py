@@ -1,266 +1,251 @@
-"""One DICOM file: its header, whether it is a CT slice, where it lies, and its Hounsfield units."""
+"""One CT slice as its header describes it: where it lies, how its values become Hounsfield units."""
 
-import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder  # pyright: ignore[reportPrivateImportUsage]
-from pydicom.uid import (
-    UID,
-    CTImageStorage,
-    EnhancedCTImageStorage,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-)
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from capsfl.ct import errors
-from capsfl.ct.scan import AIR_HU, PADDING_HU
-
-logger = logging.getLogger(__name__)
-
-DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
-DEFERRED_BYTES = 1 << 15  # pixels stay in the file until their series has been chosen
-REFORMATTED = {"MIP", "MINIP", "MPR", "REFORMATTED", "PROJECTION IMAGE", "VOLREN", "SCREEN SAVE"}
-READ = (
-    *(
-        "SOPClassUID",
-        "Modality",
-        "ImageType",
-        "NumberOfFrames",
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-    ),
-    *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "BurnedInAnnotation"),
-    *("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns", "SliceThickness"),
-    *("RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit"),
-    *("Manufacturer", "ManufacturerModelName", "ConvolutionKernel", "KVP"),
-)
-"""All that is ever read beside the pixels; the identifiers among it leave only as a salted hash."""
+from capsfl.ct.errors import printable
 
 HOUNSFIELD_TYPES = {"", "HU", "HU_MOD", "US"}  # US is "unspecified", which anonymisers write
+NOBODY = {
+    *("anon", "anonym", "anonyme", "anonymous", "anonymized", "anonymised", "deidentified", "pseudonymized", "removed"),
+    *("redacted", "unknown", "none", "null", "nil", "na", "notavailable", "blank", "empty", "patient", "patientid"),
+    *("default", "dummy", "unnamed", "noname", "noid", "id"),
+}
+"""What anonymisers write for everybody's PatientID, in small letters and digits alone."""
+FARTHEST_MM = 1e5
+"""No scanner's table travels so far: a position beyond it is damaged, and would need a grid beyond any memory."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class SliceFacts:
+    """What an allow-listed header says about the scanner; one object serves all frames of a file."""
+
+    manufacturer: str = ""
+    model: str = ""
+    kernel: str = ""
+    slice_thickness_mm: float | None = None
+    tube_voltage_kv: float | None = None
+    burned_in_annotation: bool = False
+
+    @property
+    def scanner(self) -> str:
+        """Manufacturer and model; empty where neither is known."""
+        return " ".join(dict.fromkeys(part for part in (self.manufacturer, self.model) if part))
+
+
+@dataclass(frozen=True)
 class DicomSlice:
+    """A single-frame file, or one frame of a multi-frame file; its pixels are still on disk."""
+
     path: Path
-    header: Dataset
-    orientation: np.ndarray  # (6,) row and column cosines
-    position: np.ndarray  # (3,) LPS mm
-    pixel_spacing: tuple[float, float]  # mm between rows, between columns
+    frame: int | None
+    """Index within a multi-frame file; None for a single-frame file."""
+    study: str = field(repr=False)
+    series: str = field(repr=False)
+    patient: str = field(repr=False)
+    """Identity that pseudonyms are made of; it leaves the reader only as a salted hash. The PatientID, or the study
+    where that is absent or stands for nobody; empty where there is neither."""
+    stack: str
+    """Stack and temporal position within an enhanced series; empty for a single-frame file."""
+    orientation: tuple[float, float, float, float, float, float]
+    """Direction cosines along a row, then along a column."""
+    position: tuple[float, float, float]
+    """LPS mm of the first pixel."""
+    pixel_spacing: tuple[float, float]
+    """mm between rows, between columns."""
     rows: int
     columns: int
+    slope: float
+    intercept: float
+    padding: tuple[float, float] | None
+    """Lowest and highest stored value that means "no measurement", as declared."""
+    syntax: str
+    """Transfer syntax UID: how the pixels are encoded."""
+    facts: SliceFacts
+    patient_known: bool = True
+    """Whether `patient` is a PatientID."""
+
+    @property
+    def name(self) -> str:
+        """File name for messages, with the frame's number from 1."""
+        return self.path.name if self.frame is None else f"{self.path.name} frame {self.frame + 1}"
 
 
-def read_header(path: Path, *, named: bool) -> Dataset | None:
-    """The data set with its pixels still on disk; None for a file that never claimed to be DICOM."""
-    claims = named or path.suffix.lower() in DICOM_SUFFIXES
-    try:
-        if path.stat().st_size == 0 and claims:
-            raise errors.CorruptFile(path, "the file is empty", "copy it again from its source")
-        header = pydicom.dcmread(path, defer_size=DEFERRED_BYTES)
-        for keyword in READ:  # values are converted on first use, which fails here or never
-            header.get(keyword)
-        return header
-    except errors.ScanError:
-        raise
-    except InvalidDicomError:
-        if path.suffix.lower() not in DICOM_SUFFIXES and path.suffix and not path.suffix[1:].isdigit():
-            if named:
-                raise errors.NotDicom(path, "not a DICOM file", "give a DICOM series or NIfTI") from None
-            return None
-    except Exception as error:  # a damaged header makes pydicom raise anything from struct.error on
-        raise errors.CorruptFile(path, f"the header is damaged ({type(error).__name__})", "copy it again") from error
-    # No preamble: old archives write bare data sets, which are DICOM all the same.
-    try:
-        header = pydicom.dcmread(path, defer_size=DEFERRED_BYTES, force=True)
-        if all(header.get(keyword) is not None for keyword in ("SOPClassUID", "Rows")):
-            for keyword in READ:
-                header.get(keyword)
-            return header
-    except Exception:  # any bytes at all arrive here
-        logger.debug("%s: not DICOM without a preamble either", path)
-    if claims:
-        raise errors.NotDicom(path, "not a DICOM file", "remove it or copy it again from its source")
-    return None
+def make_slice(
+    path: Path, frame: int | None, header: Dataset, value: Callable[[str], object], *, facts: SliceFacts, stack: str
+) -> DicomSlice:
+    """Take a slice's place in space and its rescale from a header.
 
-
-def reason_to_skip(header: Dataset) -> str | None:
-    """Say why a data set is no slice of a CT volume; None when it is one. No tag value is quoted."""
-    sop_class = header.get("SOPClassUID")
-    if sop_class is not None and sop_class not in (CTImageStorage, EnhancedCTImageStorage):
-        name = getattr(sop_class, "name", "")
-        return f"{name}, not CT" if name and not name[0].isdigit() else "not CT"
-    modality = header.get("Modality")
-    if modality not in (None, "", "CT") or (sop_class is None and modality != "CT"):
-        return "not CT"
-    kinds = {str(value).upper() for value in _several(header.get("ImageType"))}
-    if "LOCALIZER" in kinds:
-        return "localizer"
-    if kinds & REFORMATTED or ("DERIVED" in kinds and "AXIAL" not in kinds):
-        return "derived image"
-    return None
-
-
-def slice_of(path: Path, header: Dataset) -> DicomSlice:
-    """Take the slice's place in space from its header.
+    Args:
+        path: the file.
+        frame: index within a multi-frame file, or None.
+        header: the file's data set.
+        value: an element's value by keyword; for a frame it comes from the functional groups.
+        facts: scanner facts.
+        stack: see `DicomSlice.stack`.
 
     Raises:
-        UnsupportedMultiframe, UnsupportedColor: not a single grey slice.
         InconsistentGeometry: position, orientation or pixel spacing is absent or makes no sense.
+        MissingRescale: slope or intercept is absent, or the units are not HU.
+        MissingDecoder: compressed, and no installed package decodes it.
+        CorruptFile: the encoding is none, or the description of the pixels contradicts itself.
     """
-    frames, samples = header_number(header, "NumberOfFrames"), header_number(header, "SamplesPerPixel")
-    if header.get("SOPClassUID") == EnhancedCTImageStorage or (frames or 1) > 1:
-        raise errors.UnsupportedMultiframe(
-            path, "enhanced multi-frame CT", "convert it to single-frame CT or to NIfTI (dcm2niix)"
+    orientation, position, spacing, rows, columns = _geometry(path, header, value)
+    slope, intercept = _rescale(path, value)
+    bits_stored, high_bit = number(header.get("BitsStored")), number(header.get("HighBit"))
+    if bits_stored is not None and high_bit is not None and high_bit != bits_stored - 1:
+        raise errors.CorruptFile(
+            path, f"BitsStored {bits_stored:g} and HighBit {high_bit:g} contradict each other", "export it again"
         )
-    color = str(header.get("PhotometricInterpretation", "MONOCHROME2"))
-    if (samples or 1) != 1 or not color.startswith("MONOCHROME"):
-        raise errors.UnsupportedColor(
-            path, "colour pixels, not Hounsfield units", "give the original CT slices, not screen captures"
-        )
+    patient = str(header.get("PatientID") or "")
+    known = not stands_for_nobody(patient)
+    return DicomSlice(
+        path=path,
+        frame=frame,
+        study=str(header.get("StudyInstanceUID") or ""),
+        # Without a series UID the folder is all that holds a series together.
+        series=str(header.get("SeriesInstanceUID") or "") or f"folder {path.parent}",
+        patient=patient if known else str(header.get("StudyInstanceUID") or ""),
+        stack=stack,
+        orientation=orientation,
+        position=position,
+        pixel_spacing=spacing,
+        rows=rows,
+        columns=columns,
+        slope=slope,
+        intercept=intercept,
+        padding=_padding(path, header),
+        syntax=_syntax(path, header),
+        facts=facts,
+        patient_known=known,
+    )
+
+
+def stands_for_nobody(patient: str) -> bool:
+    """Whether a PatientID is blank, or what anonymisers write for everybody: `ANON`, `Unknown`, `0000`, `XXX`.
+
+    To take it for a person would pool all who have it.
+    """
+    plain = "".join(sign for sign in patient.lower() if sign.isalnum())
+    return plain in NOBODY or not plain.strip("0") or not plain.strip("x")
+
+
+def _geometry(
+    path: Path, header: Dataset, value: Callable[[str], object]
+) -> tuple[tuple[float, float, float, float, float, float], tuple[float, float, float], tuple[float, float], int, int]:
     try:
-        orientation = np.array([float(value) for value in header.ImageOrientationPatient])
-        position = np.array([float(value) for value in header.ImagePositionPatient])
-        row_spacing, column_spacing = (float(value) for value in header.PixelSpacing)
+        across_x, across_y, across_z, down_x, down_y, down_z = map(float, several(value("ImageOrientationPatient")))
+        x, y, z = map(float, several(value("ImagePositionPatient")))
+        row_spacing, column_spacing = map(float, several(value("PixelSpacing")))
         rows, columns = int(header.Rows), int(header.Columns)
     except (AttributeError, TypeError, ValueError):
         raise errors.InconsistentGeometry(
             path, "position, orientation or pixel spacing is absent or no number", "export it again"
         ) from None
-    unit = np.array([orientation[:3] @ orientation[:3], orientation[3:] @ orientation[3:]])
-    finite = np.all(np.isfinite(np.concatenate([orientation, position])))
-    if not finite or np.abs(unit - 1).max() > 1e-3 or abs(orientation[:3] @ orientation[3:]) > 1e-3:
+    along_row, along_column = np.array([across_x, across_y, across_z]), np.array([down_x, down_y, down_z])
+    unit = np.array([along_row @ along_row, along_column @ along_column])
+    # Written so that a value that is no number fails the comparison.
+    if not (np.abs(unit - 1).max() <= 1e-3 and abs(along_row @ along_column) <= 1e-3):
         raise errors.InconsistentGeometry(
             path, "the orientation's two directions are not orthogonal unit vectors", "export it again"
         )
+    if not max(abs(x), abs(y), abs(z)) <= FARTHEST_MM:
+        raise errors.InconsistentGeometry(path, f"the slice lies at {x:g}, {y:g}, {z:g} mm", "export it again")
     if not (0 < row_spacing < np.inf and 0 < column_spacing < np.inf):
         raise errors.InconsistentGeometry(
-            path, f"pixel spacing {row_spacing} x {column_spacing} mm", "export the series again"
+            path, f"pixel spacing {row_spacing:g} x {column_spacing:g} mm", "export the series again"
         )
-    return DicomSlice(path, header, orientation, position, (row_spacing, column_spacing), rows, columns)
+    if rows < 1 or columns < 1:
+        raise errors.InconsistentGeometry(path, f"{rows} rows and {columns} columns", "export the series again")
+    orientation = (across_x, across_y, across_z, down_x, down_y, down_z)
+    return orientation, (x, y, z), (row_spacing, column_spacing), rows, columns
 
 
-def stored_values(file: DicomSlice) -> np.ndarray:
-    """Decode a slice as its stored integers, (rows, columns).
-
-    Raises:
-        MissingDecoder: compressed, and no installed package decodes it.
-        CorruptFile: truncated, or the pixels contradict the header.
-    """
-    header = file.header
-    syntax = _transfer_syntax(header)
-    if not syntax.is_transfer_syntax:
-        raise errors.CorruptFile(file.path, "its transfer syntax is none", "copy or export the slice again")
-    if syntax.is_compressed and not _decodes(syntax):
-        raise errors.MissingDecoder(
-            file.path, f"compressed as {syntax.name}", "decode it with: pip install 'capsfl[dicom]'"
-        )
-    try:
-        stored = header.pixel_array
-    except Exception as error:  # decoders are third-party code: whatever they raise, the file is at fault
-        raise errors.CorruptFile(
-            file.path, f"the pixels do not decode ({_line(error)})", "copy or export the slice again"
-        ) from error
-    if stored.shape != (file.rows, file.columns):
-        raise errors.CorruptFile(
-            file.path,
-            f"pixels of shape {stored.shape}, header says {file.rows}x{file.columns}",
-            "export it again",
-        )
-    return stored
+def _rescale(path: Path, value: Callable[[str], object]) -> tuple[float, float]:
+    slope, intercept = number(value("RescaleSlope")), number(value("RescaleIntercept"))
+    fault = "no usable RescaleSlope and RescaleIntercept"
+    if text(value("RescaleType")).upper() not in HOUNSFIELD_TYPES:
+        fault, slope = "RescaleType is not HU", None
+    if not slope or intercept is None:
+        raise errors.MissingRescale(path, fault, "Hounsfield units are never guessed: export it again")
+    return slope, intercept
 
 
-def _transfer_syntax(header: Dataset) -> UID:
+def _padding(path: Path, header: Dataset) -> tuple[float, float] | None:
+    ends: list[float] = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        value = header.get(keyword)
+        if value is None or value == "" or value == []:
+            continue
+        end = number(value)
+        if end is None:
+            raise errors.CorruptFile(path, f"{keyword} is no number", "export it again")
+        ends.append(end)
+    if not ends or header.get("PixelPaddingValue") is None:
+        return None
+    return ends[0], ends[-1]
+
+
+def _syntax(path: Path, header: Dataset) -> str:
     """The encoding the file names, or the one it was parsed with if it names none."""
-    if not isinstance(getattr(header, "file_meta", None), FileMetaDataset):
-        header.file_meta = FileMetaDataset()
-    if "TransferSyntaxUID" not in header.file_meta:
+    meta = getattr(header, "file_meta", None)
+    named = meta.get("TransferSyntaxUID") if isinstance(meta, FileMetaDataset) else None
+    if named is None:
         implicit, little = header.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-    return UID(str(header.file_meta.TransferSyntaxUID))
+        return str(ImplicitVRLittleEndian if implicit else explicit)
+    syntax = UID(str(named))
+    if syntax.is_private:
+        raise errors.MissingDecoder(path, "encoded by a private transfer syntax", "export it uncompressed")
+    if not syntax.is_transfer_syntax:
+        raise errors.CorruptFile(path, "its transfer syntax is none", "copy or export the slice again")
+    if syntax.is_compressed and not syntax.is_deflated:
+        try:
+            available = get_decoder(syntax).is_available
+        except NotImplementedError:
+            raise errors.MissingDecoder(path, f"compressed as {syntax.name}", "export it uncompressed") from None
+        if not available:
+            raise errors.MissingDecoder(
+                path, f"compressed as {syntax.name}", "decode it with: pip install 'capsfl[dicom]'"
+            )
+    return str(syntax)
 
 
-def _decodes(syntax: UID) -> bool:
+def read_facts(header: Dataset, value: Callable[[str], object]) -> SliceFacts:
+    """The scanner facts of a header; anything that is no fact there stays empty."""
+    return SliceFacts(
+        manufacturer=text(header.get("Manufacturer")),
+        model=text(header.get("ManufacturerModelName")),
+        kernel=text(value("ConvolutionKernel")),
+        slice_thickness_mm=number(value("SliceThickness")),
+        tube_voltage_kv=number(value("KVP")),
+        burned_in_annotation=text(header.get("BurnedInAnnotation")).upper() == "YES",
+    )
+
+
+def text(value: object) -> str:
+    """An element's value as one printable line of at most 64 characters; empty when absent."""
+    return printable(" ".join(str(part) for part in several(value)).strip()[:64])
+
+
+def number(value: object) -> float | None:
+    """An element's value as a finite number; None when absent, several or none."""
     try:
-        return get_decoder(syntax).is_available
-    except NotImplementedError:
-        return False
-
-
-def to_hounsfield(file: DicomSlice, stored: np.ndarray, hu: np.ndarray, valid: np.ndarray) -> None:
-    """Write one slice's Hounsfield units and validity in place; padding is found before the rescale.
-
-    Args:
-        file: the slice.
-        stored: (rows, columns) stored integers.
-        hu: (rows, columns) float32, overwritten.
-        valid: (rows, columns) bool, overwritten.
-
-    Raises:
-        MissingRescale: slope or intercept is absent, or the units are not HU.
-    """
-    header = file.header
-    slope, intercept = header_number(header, "RescaleSlope"), header_number(header, "RescaleIntercept")
-    kind = header_text(header, "RescaleType").upper()
-    if slope is None or intercept is None or slope == 0 or kind not in HOUNSFIELD_TYPES:
-        fault = "no usable RescaleSlope and RescaleIntercept"
-        if kind not in HOUNSFIELD_TYPES:
-            fault = "RescaleType is not HU"
-        raise errors.MissingRescale(file.path, fault, "Hounsfield units are never guessed: export it again")
-    np.multiply(stored, np.float32(slope), out=hu, casting="unsafe")
-    hu += np.float32(intercept)
-    padding = hu < PADDING_HU
-    for low, high in _padding_ranges(header, stored.dtype):
-        padding |= (stored >= low) & (stored <= high)
-    np.logical_not(padding, out=valid)
-    hu[padding] = AIR_HU
-
-
-def _padding_ranges(header: Dataset, dtype: np.dtype) -> Iterator[tuple[int, int]]:
-    value, limit = header_number(header, "PixelPaddingValue"), header_number(header, "PixelPaddingRangeLimit")
-    if value is None:
-        return
-    limits = np.iinfo(dtype)
-
-    def fitted(number: int) -> int:
-        # Writers store the signed -2000 as the unsigned 63536 and the other way round.
-        span = 1 << limits.bits
-        return number if limits.min <= number <= limits.max else (number - limits.min) % span + limits.min
-
-    low = fitted(int(value))
-    high = low if limit is None else fitted(int(limit))
-    yield min(low, high), max(low, high)
-
-
-def header_text(header: Dataset, keyword: str) -> str:
-    """A text element, at most 64 characters; empty when absent."""
-    value = header.get(keyword)
-    return " ".join(str(part) for part in _several(value)).strip()[:64]
-
-
-def header_number(header: Dataset, keyword: str) -> float | None:
-    """A numeric element; None when absent or no finite number."""
-    try:
-        number = float(header.get(keyword))  # pyright: ignore[reportArgumentType]
+        result = float(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):
         return None
-    return number if np.isfinite(number) else None
+    return result if np.isfinite(result) else None
 
 
-def _several(value: object) -> list[object]:
+def several(value: object) -> list:
+    """An element's values as a list; empty when absent."""
     if value is None:
         return []
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-
-
-def _line(error: Exception) -> str:
-    """The first line of a library's message, short enough for one of ours."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:120]

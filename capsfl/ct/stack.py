@@ -1,7 +1,6 @@
 """Slice positions to a regular stack: order, spacing, duplicates, gaps and gantry tilt."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +8,14 @@ import numpy as np
 from scipy import ndimage
 
 from capsfl.ct import errors
+from capsfl.ct.reader import ReaderConfig
 from capsfl.ct.scan import AIR_HU, MAX_SHEAR_DEGREES
-
-logger = logging.getLogger(__name__)
 
 SPACING_TOLERANCE = 0.01
 """Fraction of the slice spacing by which one gap may differ, from rounded positions."""
 SAME_POSITION_MM = 1e-3
+LISTED_POSITIONS = 6
+"""Missing positions that a message names before it counts the rest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,10 @@ class Stack:
     """Indices of the kept slices by rising position along the slice normal."""
     planes: tuple[int, ...]
     """For each kept slice, its index on the regular grid; gaps are missing slices."""
+    duplicates: tuple[tuple[int, int], ...]
+    """Pairs (kept, dropped) of slices at one position; whether their pixels are equal is not yet known."""
     affine: np.ndarray
-    """(4, 4) array-order index (slice, row, column, 1) to LPS mm, after any tilt is corrected."""
+    """(4, 4) array-order index (slice, row, column, 1) to LPS mm, of the grid after any tilt is corrected."""
     tilt_degrees: float
     shift_pixels: tuple[float, float]
     """Shift (rows, columns) per slice that a tilt causes; zero without tilt."""
@@ -37,17 +39,33 @@ class Stack:
         """Number of absent slices between the first and the last."""
         return self.planes[-1] + 1 - len(self.planes)
 
+    @property
+    def spacing_mm(self) -> float:
+        """Distance of neighbouring planes in mm."""
+        return float(np.linalg.norm(self.affine[:3, 0]))
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int, int]:
+        """Shape of the regular grid for slices of some rows and columns: a tilt needs room to shear into."""
+        first, last = self._reach()
+        return self.planes[-1] + 1, rows + last[0] - first[0], columns + last[1] - first[1]
+
+    def offset(self, plane: int) -> tuple[float, float]:
+        """Where the first pixel of a slice lies on its plane of the grid, in rows and columns."""
+        first, _ = self._reach()
+        return plane * self.shift_pixels[0] - first[0], plane * self.shift_pixels[1] - first[1]
+
+    def _reach(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return _reach(self.shift_pixels, self.planes[-1])
+
 
 def stack_slices(
     positions: np.ndarray,
     orientation: np.ndarray,
     pixel_spacing_mm: tuple[float, float],
     *,
-    same: Callable[[int, int], bool],
     names: Sequence[str],
     place: Path,
-    allow_interpolation: bool,
-    allow_tilt_correction: bool,
+    config: ReaderConfig,
 ) -> Stack:
     """Order slices along their normal and check that they form a regular grid.
 
@@ -55,31 +73,29 @@ def stack_slices(
         positions: (slices, 3) LPS mm of each slice's first pixel.
         orientation: (6,) direction cosines along a row, then along a column (DICOM C.7.6.2.1.1).
         pixel_spacing_mm: between rows, between columns.
-        same: whether two slices hold the same pixels; asked only for equal positions.
-        names: file names for messages.
+        names: names of the slices for messages.
         place: folder for messages.
-        allow_interpolation: accept missing slices.
-        allow_tilt_correction: accept a gantry tilt.
+        config: what is mended: missing slices, gantry tilt.
 
     Raises:
-        DuplicatePositions, GantryTilt, MissingSlices, InconsistentGeometry: as their names say.
+        GantryTilt, MissingSlices, InconsistentGeometry: as their names say.
     """
     along_row = orientation[:3] / np.linalg.norm(orientation[:3])
     normal = np.cross(along_row, orientation[3:])
     normal /= np.linalg.norm(normal)
     along_column = np.cross(normal, along_row)
 
-    order = _without_duplicates(positions @ normal, same, names, place)
+    order, duplicates = _without_duplicates(positions @ normal)
     ordered = positions[order]
     if len(order) < 2:
-        return Stack(tuple(order), tuple(range(len(order))), np.eye(4), 0.0, (0.0, 0.0))
+        return Stack(tuple(order), tuple(range(len(order))), duplicates, np.eye(4), 0.0, (0.0, 0.0))
     travel = ordered[-1] - ordered[0]
     height = float(travel @ normal)
     across = np.array([travel @ along_column, travel @ along_row])
     tilt = float(np.rad2deg(np.arctan2(np.linalg.norm(across), height)))
     if tilt <= MAX_SHEAR_DEGREES:
         tilt = 0.0
-    elif not allow_tilt_correction:
+    elif not config.allow_tilt_correction:
         raise errors.GantryTilt(place, tilt)
     # Apart from the tilt the slices must lie on one line: a jump aside is not an acquisition.
     heights = (ordered - ordered[0]) @ normal
@@ -90,81 +106,102 @@ def stack_slices(
             place / names[order[worst]], "the slice is shifted against its neighbours", "export it again"
         )
 
-    planes, spacing = _planes(heights, [names[index] for index in order], place, allow_interpolation)
+    planes, spacing = _planes(ordered @ normal, [names[index] for index in order], place, config)
     row_mm, column_mm = pixel_spacing_mm
+    slope = across / planes[-1] if tilt else np.zeros(2)
+    shift = (float(slope[0] / row_mm), float(slope[1] / column_mm))
+    (first_row, first_column), _ = _reach(shift, planes[-1])
     affine = np.eye(4)
     affine[:3, 0] = normal * spacing
     affine[:3, 1] = along_column * row_mm
     affine[:3, 2] = along_row * column_mm
-    affine[:3, 3] = ordered[0]
-    slope = across / planes[-1] if tilt else np.zeros(2)
-    shift = (float(slope[0] / row_mm), float(slope[1] / column_mm))
-    return Stack(tuple(order), tuple(planes), affine, tilt, shift)
+    affine[:3, 3] = ordered[0] + first_row * affine[:3, 1] + first_column * affine[:3, 2]
+    return Stack(tuple(order), tuple(planes), duplicates, affine, tilt, shift)
 
 
-def fill_missing(hu: np.ndarray, valid: np.ndarray, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolate absent slices linearly between their neighbours; valid where both neighbours are."""
-    if not stack.missing:
-        return hu, valid
-    planes = np.array(stack.planes)
-    wanted = np.arange(planes[-1] + 1)
-    above = np.searchsorted(planes, wanted)
-    below = np.where(planes[above] == wanted, above, above - 1)
-    span = np.maximum(planes[above] - planes[below], 1)
-    weight = ((wanted - planes[below]) / span).astype(np.float32)[:, None, None]
-    return hu[below] * (1 - weight) + hu[above] * weight, valid[below] & valid[above]
+def shear(values: np.ndarray, valid: np.ndarray, stack: Stack, plane: int, out: np.ndarray, kept: np.ndarray) -> None:
+    """Write one slice of a tilted stack where it lies on its plane of the grid, linearly in plane.
+
+    Args:
+        values: (rows, columns) HU of the slice.
+        valid: (rows, columns) bool.
+        stack: the stack.
+        plane: index of the slice's plane.
+        out: the plane's HU, overwritten; -1000 where nothing was measured.
+        kept: the plane's validity, overwritten; true where all that was interpolated is valid.
+    """
+    rows, columns = values.shape
+    canvas, measured = np.full(out.shape, AIR_HU, np.float32), np.zeros(out.shape, np.float32)
+    canvas[:rows, :columns], measured[:rows, :columns] = values, valid
+    offset = stack.offset(plane)
+    np.greater(ndimage.shift(measured, offset, order=1, cval=0.0), 0.999, out=kept)
+    out[...] = np.where(kept, ndimage.shift(canvas, offset, order=1, cval=AIR_HU), np.float32(AIR_HU))
 
 
-def correct_tilt(hu: np.ndarray, valid: np.ndarray, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
-    """Shear the slices (linear interpolation in plane) so that the stack becomes orthogonal."""
-    sheared, kept = np.empty_like(hu), np.empty_like(valid)
-    for plane in range(hu.shape[0]):
-        shift = [plane * step for step in stack.shift_pixels]
-        sheared[plane] = ndimage.shift(hu[plane], shift, order=1, cval=AIR_HU)
-        kept[plane] = ndimage.shift(valid[plane].astype(np.float32), shift, order=1, cval=0.0) >= 0.5
-    return sheared, kept
+def fill_missing(hu: np.ndarray, valid: np.ndarray, stack: Stack) -> None:
+    """Interpolate absent planes linearly between their neighbours, in place; valid where both neighbours are."""
+    for below, above in zip(stack.planes, stack.planes[1:], strict=False):
+        for plane in range(below + 1, above):
+            weight = np.float32((plane - below) / (above - below))
+            np.logical_and(valid[below], valid[above], out=valid[plane])
+            np.multiply(hu[below], 1 - weight, out=hu[plane])
+            hu[plane] += hu[above] * weight
+            hu[plane][~valid[plane]] = AIR_HU
 
 
-def _without_duplicates(
-    heights: np.ndarray, same: Callable[[int, int], bool], names: Sequence[str], place: Path
-) -> list[int]:
+def _reach(shift_pixels: tuple[float, float], last_plane: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Lowest and highest whole pixel (row, column) to which the first and the last plane are shifted."""
+    rows, columns = (last_plane * step for step in shift_pixels)
+    lowest = (int(np.floor(min(rows, 0.0))), int(np.floor(min(columns, 0.0))))
+    return lowest, (int(np.ceil(max(rows, 0.0))), int(np.ceil(max(columns, 0.0))))
+
+
+def _without_duplicates(heights: np.ndarray) -> tuple[list[int], tuple[tuple[int, int], ...]]:
     order: list[int] = []
+    duplicates: list[tuple[int, int]] = []
     for index in map(int, np.argsort(heights, kind="stable")):
         if order and heights[index] - heights[order[-1]] < SAME_POSITION_MM:
-            if not same(order[-1], index):
-                raise errors.DuplicatePositions(
-                    place,
-                    f"{names[order[-1]]} and {names[index]} differ at one position "
-                    f"({heights[index]:.2f} mm along the normal)",
-                    "keep one phase or reconstruction per folder",
-                )
-            logger.warning("%s: dropped, the same slice as %s", place / names[index], names[order[-1]])
-            continue
-        order.append(index)
-    return order
+            duplicates.append((order[-1], index))
+        else:
+            order.append(index)
+    return order, tuple(duplicates)
 
 
-def _planes(heights: np.ndarray, names: list[str], place: Path, allow_interpolation: bool) -> tuple[list[int], float]:
+def _planes(heights: np.ndarray, names: list[str], place: Path, config: ReaderConfig) -> tuple[list[int], float]:
     """Grid index of each slice and the spacing in mm."""
     gaps = np.diff(heights)
     # A low quantile is the spacing even when most neighbours are absent, and one odd gap does not sway it.
-    steps = np.maximum(np.rint(gaps / np.quantile(gaps, 0.25, method="lower")), 1).astype(int)
-    spacing = float(heights[-1] / steps.sum())
+    usual = float(np.quantile(gaps, 0.25, method="lower"))
+    steps = np.maximum(np.rint(gaps / usual), 1).astype(int)
+    spacing = float((heights[-1] - heights[0]) / steps.sum())
     uneven = np.abs(gaps - steps * spacing) > SPACING_TOLERANCE * spacing * steps
     if np.any(uneven):
         at = int(np.flatnonzero(uneven)[0])
         raise errors.InconsistentGeometry(
             place,
             f"uneven slice spacing: {gaps[at]:.3f} mm between {names[at]} and {names[at + 1]}, "
-            f"{spacing:.3f} mm elsewhere",
+            f"{usual:.3f} mm elsewhere",
             "give a series with one spacing",
         )
-    if np.any(steps > 1) and not allow_interpolation:
+    missing = int((steps - 1).sum())
+    if missing and not config.allow_interpolation:
+        absent = [
+            heights[at] + step * spacing
+            for at in np.flatnonzero(steps > 1)[:LISTED_POSITIONS]
+            for step in range(1, min(int(steps[at]), LISTED_POSITIONS + 1))
+        ][:LISTED_POSITIONS]
+        listed = ", ".join(f"{height:.2f}" for height in absent) + (", ..." if missing > len(absent) else "")
         at = int(np.flatnonzero(steps > 1)[0])
         raise errors.MissingSlices(
             place,
-            f"{int(steps.sum()) - len(gaps)} missing, first at {heights[at] + spacing:.2f} mm between "
-            f"{names[at]} and {names[at + 1]}",
-            "copy the series again or interpolate with allow_interpolation=True",
+            f"{missing} missing, at {listed} mm along the normal, the first between {names[at]} and {names[at + 1]}",
+            "copy the series again, or set reader.allow_interpolation to fill the gaps",
+        )
+    if steps.max() - 1 > config.max_gap_slices:
+        at = int(steps.argmax())
+        raise errors.MissingSlices(
+            place,
+            f"{int(steps[at]) - 1} slices in a row are missing between {names[at]} and {names[at + 1]}",
+            f"copy the series again; reader.max_gap_slices = {config.max_gap_slices} is the longest gap to fill",
         )
     return [0, *np.cumsum(steps).tolist()], spacing

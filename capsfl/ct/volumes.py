@@ -1,56 +1,60 @@
-"""Standard volumes on disk: Zarr 3 groups, compressed, checksummed, written whole or not at all."""
+"""Standard volumes on disk or in an object store: sharded Zarr 3, compressed, checksummed, whole or not at all."""
 
-import errno
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import tensorstore
 
-from capsfl.ct.errors import CorruptVolume, StorageError
+from capsfl.ct.errors import CorruptVolume
 from capsfl.ct.normalize import StandardVolume
 from capsfl.ct.scan import ScanSource, as_rows
+from capsfl.ct.zarr_group import (
+    Place,
+    StoredArray,
+    checksum,
+    parse_place,
+    read_group,
+    read_record,
+    read_region,
+    write_group,
+)
 
 FORMAT = "capsfl-volume"
-VERSION = 1
-CHUNK = 128
-"""Chunk side: one chunk for a tiny volume, 64 of 4 MB for a full one, which is how volumes are read."""
+VERSION = 3
+"""3 since blocks of nothing but air are stored, so that a lost one is told from air. Version 2, where they are not, and
+version 1, whose arrays are folders of chunks instead of one shard, can still be read."""
+COMPLETE_SINCE = 3
 
+KIND: Any = {"format": FORMAT, "versions": (1, 2, VERSION)}
+AXES = ("z", "y", "x")
 OUTSIDE = {"hu": -1000, "valid": False}
 
 
-def write_volume(path: Path, volume: StandardVolume, *, attributes: Mapping[str, Any]) -> None:
-    """Write a volume as a Zarr 3 group: `hu` int16, `valid` bool, `masks/<name>` uint8.
+def write_volume(path: Place, volume: StandardVolume, *, attributes: Mapping[str, Any]) -> None:
+    """Write a volume as a Zarr 3 group: `hu` int16, `valid` bool, `masks/<name>` uint8, a file each.
 
-    It is written beside its place and renamed, so a reader sees the old volume, the new one or none.
+    A reader sees the old volume, the new one or none.
 
     Args:
-        path: the group's folder; replaced if it exists.
-        volume: the standard volume; HU are rounded to integers.
+        path: the group's folder or URL (`file://`, `s3://`, `gs://`, `memory://`); replaced if it exists, see
+            `write_group`.
+        volume: the standard volume.
         attributes: JSON values kept with it (provenance, configuration hash); `checksum` is ours.
 
     Raises:
         StorageError: the place is read-only or full; nothing half-written is left.
         ValueError: a mask's name is not a plain word, or the attributes hold `checksum`.
     """
-    path = Path(path)
     if "checksum" in attributes:
         raise ValueError("attributes.checksum: the volume's own key; use another name")
     for name in volume.masks:
         if not name.isidentifier():
             raise ValueError(f"masks.{name}: not a plain word; use letters, digits and underscores")
-    arrays = _stored_arrays(volume)
+    arrays = {name: StoredArray(values, AXES, OUTSIDE.get(name, 0)) for name, values in _stored(volume).items()}
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "checksum": _checksum(arrays, volume.affine),
         "affine": as_rows(volume.affine),
         "source_affine": as_rows(volume.source_affine),
         "source_shape": volume.source_shape,
@@ -59,49 +63,24 @@ def write_volume(path: Path, volume: StandardVolume, *, attributes: Mapping[str,
         "masks": sorted(volume.masks),
         "attributes": dict(attributes),
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, array in arrays.items():
-            _write_array(partial / name, array, fill_value=OUTSIDE.get(name, 0))
-        if volume.masks:
-            _write_group(partial / "masks", {})
-        _write_group(partial, {"capsfl": record})
-        _replace(partial, path)
-    except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk as ValueError
-        shutil.rmtree(partial, ignore_errors=True)
-        cause = _cause(error)
-        raise StorageError(f"{path}: cannot be written ({cause}); free space or choose a writable folder") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    write_group(path, arrays, record=record, also_checked={"affine": np.asarray(volume.affine, np.float64)})
 
 
-def read_volume(path: Path) -> tuple[StandardVolume, dict[str, Any]]:
+def read_volume(path: Place) -> tuple[StandardVolume, dict[str, Any]]:
     """Read a volume and its attributes (with `checksum` added), after checking the content.
 
     Raises:
         CorruptVolume: absent, incomplete, damaged, or of another format version.
     """
-    path = Path(path)
-    record = _record(path)
-    names = ["hu", "valid", *(f"masks/{name}" for name in record["masks"])]
-    try:
-        opened = [tensorstore.open({"driver": "zarr3", "kvstore": _store(path / name)}, read=True) for name in names]
-        reads = [handle.result().read() for handle in opened]
-        arrays = {name: np.asarray(read.result()) for name, read in zip(names, reads, strict=True)}
-    except (OSError, ValueError, RuntimeError) as error:
-        cause = _cause(error)
-        raise CorruptVolume(path, f"unreadable ({cause})", "delete it and ingest the scan again") from error
+    record, arrays = read_group(path, _arrays_of, **KIND)
     affine = np.array(record["affine"], np.float64)
-    if _checksum(arrays, affine) != record["checksum"]:
-        raise CorruptVolume(path, "the checksum does not match", "delete it and ingest the scan again")
+    if checksum({**arrays, "affine": affine}) != record["checksum"]:
+        raise CorruptVolume(parse_place(path), "the checksum does not match", "delete it and ingest the scan again")
     shape = record["source_shape"]
     volume = StandardVolume(
-        hu=arrays["hu"].astype(np.float32),
+        hu=arrays["hu"],
         valid=arrays["valid"],
-        masks={name: arrays[f"masks/{name}"].astype(bool) for name in record["masks"]},
+        masks={name: arrays[f"masks/{name}"].view(bool) for name in record["masks"]},
         affine=affine,
         source_affine=np.array(record["source_affine"], np.float64),
         source_shape=(shape[0], shape[1], shape[2]),
@@ -111,93 +90,48 @@ def read_volume(path: Path) -> tuple[StandardVolume, dict[str, Any]]:
     return volume, {**record["attributes"], "checksum": record["checksum"]}
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_slab(path: Place, *, axis: Literal["z", "y", "x"], start: int, stop: int, array: str = "hu") -> np.ndarray:
+    """Read neighbouring planes of one array without the rest of the volume.
+
+    Args:
+        path: the volume's folder or URL.
+        axis: across which direction the planes are cut: z axial, y coronal, x sagittal.
+        start: first plane.
+        stop: plane after the last.
+        array: `hu`, `valid` or `masks/<name>`.
+
+    Returns:
+        `(z, y, x)` as stored (int16 HU, bool or uint8), `stop - start` along `axis`.
+
+    Raises:
+        CorruptVolume: absent, damaged, or of another format version; a block that is missing is damage, except in
+            volumes before version 3, where it stands for air.
+        ValueError: the planes lie outside the volume.
+    """
+    region = tuple(slice(start, stop) if name == axis else slice(None) for name in AXES)
+    return read_region(path, array, region, complete_since=COMPLETE_SINCE, **KIND)
+
+
+def read_attributes(path: Place) -> dict[str, Any]:
     """Read a volume's attributes (with `checksum` added) without its arrays.
 
     Raises:
         CorruptVolume: absent, incomplete, or of another format version.
     """
-    record = _record(Path(path))
+    record = _record(path)
     return {**record["attributes"], "checksum": record["checksum"]}
 
 
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((path / "zarr.json").read_text())["attributes"]["capsfl"]
-        version = record["format"], record["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptVolume(path, "not a stored volume", "ingest the scan again") from error
-    if version != (FORMAT, VERSION):
-        raise CorruptVolume(path, f"format {version[0]} {version[1]}, not {FORMAT} {VERSION}", "ingest the scan again")
-    return record
+def _record(path: Place) -> dict[str, Any]:
+    return read_record(path, **KIND)
 
 
-def _stored_arrays(volume: StandardVolume) -> dict[str, np.ndarray]:
-    arrays = {"hu": np.rint(volume.hu).astype(np.int16), "valid": np.asarray(volume.valid, bool)}
+def _arrays_of(record: Mapping[str, Any]) -> list[str]:
+    return ["hu", "valid", *(f"masks/{name}" for name in record["masks"])]
+
+
+def _stored(volume: StandardVolume) -> dict[str, np.ndarray]:
+    arrays = {"hu": np.ascontiguousarray(volume.hu, np.int16), "valid": np.ascontiguousarray(volume.valid, bool)}
     for name in sorted(volume.masks):
-        arrays[f"masks/{name}"] = np.asarray(volume.masks[name], bool).astype(np.uint8)
+        arrays[f"masks/{name}"] = np.ascontiguousarray(volume.masks[name], bool).view(np.uint8)
     return arrays
-
-
-def _checksum(arrays: Mapping[str, np.ndarray], affine: np.ndarray) -> str:
-    """SHA-256 over names, types, shapes and little-endian bytes of the arrays and the affine."""
-    digest = hashlib.sha256()
-    for name, array in sorted({**arrays, "affine": affine}.items()):
-        little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-        digest.update(f"{name} {little.dtype.str} {little.shape}\n".encode())
-        digest.update(little.data)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _write_array(path: Path, array: np.ndarray, *, fill_value: int | bool) -> None:
-    path.mkdir(parents=True)
-    chunk = [min(CHUNK, size) for size in array.shape]
-    compression = {"cname": "zstd", "clevel": 3, "shuffle": "shuffle", "typesize": array.dtype.itemsize}
-    metadata = {
-        "shape": list(array.shape),
-        "data_type": array.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "blosc", "configuration": compression},
-            {"name": "crc32c"},
-        ],
-        "dimension_names": ["z", "y", "x"],
-        "fill_value": fill_value,
-    }
-    spec = {"driver": "zarr3", "kvstore": _store(path), "metadata": metadata}
-    tensorstore.open(spec, create=True).result().write(array).result()
-
-
-def _cause(error: Exception) -> str:
-    """What went wrong in a few words; TensorStore's own text is longer than a line, paths included."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if str(error).startswith("RESOURCE_EXHAUSTED"):
-        return os.strerror(errno.ENOSPC)
-    return str(error).splitlines()[0][:160]
-
-
-def _store(path: Path) -> dict[str, str]:
-    return {"driver": "file", "path": f"{path}/"}
-
-
-def _write_group(path: Path, attributes: dict[str, Any]) -> None:
-    record = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    (path / "zarr.json").write_text(json.dumps(record, indent=1, allow_nan=False))
-
-
-def _replace(partial: Path, path: Path) -> None:
-    """Rename a folder over another; a crash in between leaves the old one under a hidden name, never half."""
-    if not path.exists():
-        os.rename(partial, path)
-        return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    os.rename(path, old)
-    try:
-        os.rename(partial, path)
-    except OSError:
-        with suppress(OSError):
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

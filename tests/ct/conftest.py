@@ -15,7 +15,7 @@ SECRET = "Doe^Jane^SECRET"
 
 def position_hu(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     """An asymmetric linear field in LPS mm: every flip and permutation of axes changes it."""
-    return np.rint(2 * x + 3 * y - 5 * z).astype(np.int64)
+    return np.rint(2 * x + 3 * y - 5 * z - 600).astype(np.int64)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import logging
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydicom.encaps import encapsulate
 
 from capsfl.ct import errors
-from capsfl.ct.dicom import list_series, read_dicom
+from capsfl.ct.dicom import ReaderConfig, read_dicom, scan_folder
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 ORIENTATIONS = {
@@ -143,12 +143,13 @@ def test_a_padding_value_written_with_the_other_sign_is_understood(tmp_path, wri
         stored = dataset.pixel_array.copy()
         stored[0, 0] = 63536  # the bits of -2000
         dataset.PixelData = stored.astype("<u2").tobytes()
-        dataset.RescaleIntercept = -64536.0
         dataset.add_new("PixelPaddingValue", "SS", -2000)
 
     write_series(tmp_path, signed=False, edit=edit)
     scan = read_dicom(tmp_path)
     assert not scan.valid[:, 0, 0].any()
+    assert scan.valid[:, 0, 1:].all()
+    assert (scan.hu[:, 0, 0] == -1000).all()
 
 
 def test_monochrome1_changes_display_not_hounsfield_units(tmp_path, write_series, field):
@@ -163,7 +164,7 @@ def test_several_series_are_listed_and_selectable(tmp_path, write_series):
     with pytest.raises(errors.SeveralSeries, match=r"1: 6 slices.*2: 5 slices") as caught:
         read_dicom(tmp_path)
     assert "--series" in one_line(caught.value)
-    assert [summary.slices for summary in list_series(tmp_path)] == [6, 5]
+    assert [len(one.slices) for one in scan_folder(tmp_path).accepted] == [6, 5]
     assert read_dicom(tmp_path, series="2").hu.shape[0] == 5
     assert read_dicom(tmp_path, series=".100").hu.shape[0] == 6
     with pytest.raises(errors.SeveralSeries, match="matches 0 of 2"):
@@ -194,9 +195,9 @@ def test_missing_slices_are_named_and_interpolated_only_on_request(tmp_path, wri
     files = write_series(tmp_path, shape=(8, 10, 8))
     for index in (3, 4, 6):
         files[index].unlink()
-    with pytest.raises(errors.MissingSlices, match=r"3 missing, first at 15\.00 mm"):
+    with pytest.raises(errors.MissingSlices, match=r"3 missing, at 45\.00, 50\.00, 60\.00 mm"):
         read_dicom(tmp_path)
-    scan = read_dicom(tmp_path, allow_interpolation=True)
+    scan = read_dicom(tmp_path, config=ReaderConfig(allow_interpolation=True))
     np.testing.assert_allclose(scan.hu, field(*points(scan)), atol=1e-3)
     assert scan.source.interpolated_slices == 3
 
@@ -209,11 +210,9 @@ def test_spacing_holds_to_one_percent(index, excess, sign):
     positions = np.zeros((8, 3))
     positions[:, 2] = 5.0 * np.arange(8)
     arguments = {
-        "same": lambda a, b: False,
         "names": [f"{number}.dcm" for number in range(8)],
         "place": Path("series"),
-        "allow_interpolation": False,
-        "allow_tilt_correction": False,
+        "config": ReaderConfig(),
     }
     jitter = positions.copy()
     jitter[index, 2] += 0.02 * sign  # rounding of decimal strings
@@ -246,11 +245,68 @@ def test_gantry_tilt_is_found_from_geometry_and_corrected_only_on_request(tmp_pa
         read_dicom(tmp_path)
     assert caught.value.angle_degrees == pytest.approx(12.0, abs=0.01)
     assert "12.0 degrees" in one_line(caught.value)
-    scan = read_dicom(tmp_path, allow_tilt_correction=True)
+    scan = read_dicom(tmp_path, config=ReaderConfig(allow_tilt_correction=True))
     assert scan.source.corrected_tilt_degrees == pytest.approx(12.0, abs=0.01)
     difference = np.abs(scan.hu - field(*points(scan)))[scan.valid]
     assert scan.valid.mean() > 0.8
     assert np.quantile(difference, 0.95) <= 1.0  # the field is linear, so shearing keeps it up to rounding
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0.0, 12.0), (0.0, -12.0), (-25.0, 0.0), (9.0, 14.0)])
+def test_straightening_loses_nothing_and_finds_every_voxel_again(tmp_path, write_series, field, rows, columns):
+    # Table travel across the slices: the stack leans towards rows, columns or both.
+    lean = tuple(5.0 * np.tan(np.deg2rad(angle)) for angle in (columns, rows))
+    write_series(tmp_path, step=(*lean, 5.0), shape=(6, 24, 20))
+    scan = read_dicom(tmp_path, config=ReaderConfig(allow_tilt_correction=True))
+    measured = 6 * 24 * 20
+    assert 6 * 23 * 19 <= scan.valid.sum() <= measured  # what is interpolated needs both neighbours
+    assert np.abs(scan.hu - field(*points(scan)))[scan.valid].max() <= 1.0
+    assert scan.source.shape == scan.hu.shape
+    assert scan.hu.size > measured
+
+
+def test_a_gap_is_filled_after_the_slices_are_straightened(tmp_path, write_series, field):
+    files = write_series(tmp_path, step=(2.0, 0.0, 5.0), shape=(6, 10, 20))
+    files[2].unlink()
+    config = ReaderConfig(allow_tilt_correction=True, allow_interpolation=True)
+    scan = read_dicom(tmp_path, config=config)
+    assert scan.source.interpolated_slices == 1
+    assert scan.valid[2].sum() > 100
+    assert np.abs(scan.hu - field(*points(scan)))[scan.valid].max() <= 1.0
+
+
+def test_a_filled_slice_is_valid_where_both_its_neighbours_are(tmp_path, write_series):
+    def pad(index, dataset):
+        stored = dataset.pixel_array.copy()
+        stored[0, : index + 1] = -2000
+        dataset.PixelData = stored.astype("<i2").tobytes()
+
+    files = write_series(tmp_path, edit=pad)
+    files[2].unlink()
+    scan = read_dicom(tmp_path, config=ReaderConfig(allow_interpolation=True))
+    assert (~scan.valid).sum(axis=(1, 2)).tolist() == [1, 2, 4, 4, 5, 6]
+    assert (scan.hu[~scan.valid] == -1000).all()
+
+
+def test_a_gap_longer_than_the_setting_is_refused(tmp_path, write_series):
+    files = write_series(tmp_path, shape=(10, 10, 8))
+    for file in files[4:6]:
+        file.unlink()
+    assert read_dicom(tmp_path, config=ReaderConfig(allow_interpolation=True)).source.interpolated_slices == 2
+    with pytest.raises(errors.MissingSlices, match=r"2 slices in a row.*reader\.max_gap_slices = 1"):
+        read_dicom(tmp_path, config=ReaderConfig(allow_interpolation=True, max_gap_slices=1))
+
+
+def test_reading_holds_one_volume(tmp_path, write_series):
+    write_series(tmp_path, shape=(30, 192, 192), orientation=ORIENTATIONS["axial prone"])
+    read_dicom(tmp_path)  # imports and caches
+    tracemalloc.start()
+    try:
+        scan = read_dicom(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.2 * (scan.hu.nbytes + scan.valid.nbytes)
 
 
 def test_a_slice_of_another_grid_in_the_series_is_named(tmp_path, write_series):
@@ -297,22 +353,6 @@ def test_broken_files_are_named(tmp_path, write_series):
     files[1].write_bytes(b"this is no DICOM file" * 40)
     with pytest.raises(errors.NotDicom, match=files[1].name):
         read_dicom(tmp_path)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_damaged_bytes_raise_nothing_but_scan_errors(tmp_path, write_series, data):
-    files = write_series(tmp_path, shape=(4, 4, 4))
-    content = bytearray(files[0].read_bytes())
-    for _ in range(data.draw(st.integers(1, 8))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    files[0].write_bytes(bytes(content[: data.draw(st.integers(100, len(content)))]))
-    try:
-        scan = read_dicom(tmp_path)
-    except errors.ScanError as error:
-        one_line(error)
-    else:
-        assert np.isfinite(scan.hu).all()
 
 
 def test_folders_without_a_series_say_what_they_hold(tmp_path, write_series):
@@ -411,7 +451,9 @@ def test_real_chest_series_have_their_known_geometry_and_air(shared_data, folder
 def test_lossless_encodings_decode_identically(shared_data, tmp_path):
     source = shared_data / "odd-dicom" / "wg04"
     volumes = {}
-    for name in ("UNC", "RLE", "JPLL", "JLSL", "J2KR", "JLSN"):
+    for name in ("UNC", "RLE", "JPLL", "JLSL", "J2KR", "JLSN", "J2KI"):
+        with pytest.raises(errors.TooFewSlices):
+            read_dicom(source / f"CT1_{name}.dcm")
         folder = tmp_path / name
         folder.mkdir()
         for index in range(4):
@@ -423,26 +465,7 @@ def test_lossless_encodings_decode_identically(shared_data, tmp_path):
     assert reference.max() > 500
     for name in ("RLE", "JPLL", "JLSL", "J2KR"):
         np.testing.assert_array_equal(volumes[name].hu, reference)
-    inside = volumes["UNC"].valid & volumes["JLSN"].valid
-    assert np.abs(volumes["JLSN"].hu - reference)[inside].max() <= 4
-
-
-def test_the_tilted_ge_series_is_refused_by_name(shared_data):
-    with pytest.raises(errors.GantryTilt, match=r"18\.5 degrees"):
-        read_dicom(shared_data / "ge-tilt-variable")
-
-
-def test_odd_real_files_are_refused_or_skipped_by_name(shared_data, tmp_path):
-    misc = shared_data / "odd-dicom" / "misc"
-    with pytest.raises(errors.NoSeries, match="1 x localizer"):
-        read_dicom(misc / "GE-chest-localizer-JPEG70.dcm")
-    with pytest.raises(errors.NoSeries, match="Segmentation Storage, not CT"):
-        read_dicom(misc / "dcmqi-liver-seg.dcm")
-    with pytest.raises(errors.TooFewSlices):
-        read_dicom(misc)
-    with pytest.raises(errors.NoSeries, match=r"x \.png"):
-        read_dicom(shared_data / "covid-ct")
-    with zipfile.ZipFile(shared_data / "odd-dicom" / "duplicate-positions" / "dupe-positions.zip") as archive:
-        archive.extractall(tmp_path)
-    with pytest.raises((errors.DuplicatePositions, errors.MissingSlices, errors.InconsistentGeometry)):
-        read_dicom(tmp_path)
+    # The lossy two also blur the padding's edge, which is no Hounsfield unit.
+    for name, most in (("JLSN", 4), ("J2KI", 352)):
+        inside = volumes["UNC"].valid & volumes[name].valid
+        assert 0 < np.abs(volumes[name].hu - reference)[inside].max() <= most

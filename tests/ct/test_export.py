@@ -130,3 +130,34 @@ def test_an_unwritable_place_is_named_and_nothing_is_left(tmp_path, write_series
         with pytest.raises(StorageError, match="cannot be written"):
             write(tmp_path / "taken")
         assert sorted(path.name for path in (tmp_path / "taken").iterdir()) == ["a.nii.gz", "a.png"]
+
+
+@pytest.mark.parametrize("orientation", [(1.0, 0.0, 0.0, 0.0, 1.0, 0.0), SAGITTAL])
+def test_a_mask_predicted_in_standard_space_returns_to_within_half_a_voxel(tmp_path, write_series, orientation):
+    """An ellipsoid marked on the standard grid, exported, and measured against the ellipsoid itself in mm."""
+    write_series(
+        tmp_path / "series", shape=(40, 64, 60), orientation=orientation, origin=(-90.0, 60.0, -80.0),
+        pixel_spacing=(2.1, 2.3),
+    )  # fmt: skip
+    scan = read_dicom(tmp_path / "series")
+    volume = standardize(scan, config=VolumeConfig(center="volume"))
+    middle = (scan.affine @ [*(np.array(scan.hu.shape) - 1) / 2, 1])[:3] + np.array([3.3, -2.7, 4.1])
+    radii = np.array([31.0, 38.0, 35.0])
+
+    def depth(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """About how many mm a voxel lies inside the ellipsoid."""
+        index = np.moveaxis(np.indices(shape), 0, -1)
+        points = index @ affine[:3, :3].T + affine[:3, 3]
+        return (1 - np.linalg.norm((points - middle) / radii, axis=-1)) * radii.min()
+
+    marked = (depth(volume.affine, volume.hu.shape) > 0).astype(np.float32)
+    back = to_scan_space(marked, volume.affine, scan.affine, scan.hu.shape) >= 0.5
+    write_nifti_mask(tmp_path / "mask.nii.gz", back, scan)
+    stored = read_nifti_mask(tmp_path / "mask.nii.gz", like=scan)
+    inside = depth(scan.affine, scan.hu.shape)
+    # The largest side of a voxel, of the standard grid or the scan's own, whichever is coarser.
+    half = max(*volume.spacing_mm, *scan.spacing_mm) / 2
+    assert stored[inside > half].all()
+    assert not stored[inside < -half].any()
+    centre = np.argwhere(stored).mean(axis=0) @ scan.affine[:3, :3].T + scan.affine[:3, 3]
+    np.testing.assert_allclose(centre, middle, atol=0.15 * half)

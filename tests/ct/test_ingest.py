@@ -1,20 +1,31 @@
 """Manifests and ingestion: every bad row by name, resumption, parallel equality, partial failure."""
 
 import csv
+import os
+import resource
 import shutil
 import stat
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
 from capsfl.ct import errors
-from capsfl.ct.collections import read_manifest
+from capsfl.ct.collections import CollectionConfig, read_manifest
 from capsfl.ct.ingest import MASK, ingest, read_index
 from capsfl.ct.normalize import VolumeConfig
-from capsfl.ct.volumes import read_attributes, read_volume
+from capsfl.ct.reader import ReaderConfig
+from capsfl.ct.volumes import read_attributes, read_volume, write_volume
+from capsfl.workers import process_tag
 
 CONFIG = VolumeConfig(center="volume")
+
+DEAD = f"{process_tag().rpartition('-')[0]}-999999999"
+"""A process of this host that is no more."""
 
 
 @pytest.fixture
@@ -110,10 +121,10 @@ def test_ingestion_lists_what_it_stored(collection, tmp_path):
     with (out / "index.csv").open(newline="") as stream:
         rows = list(csv.reader(stream))
     assert rows == [
-        ["patient", "hospital", "scanner", "label", "split", "volume"],
-        ["A-1", "alpha", "A1", "1", "train", "alpha/A-1.zarr"],
-        ["A-2", "alpha", "", "0", "", "alpha/A-2.zarr"],
-        ["B-1", "beta", "B3", "", "test", "beta/B-1.zarr"],
+        ["patient", "hospital", "scanner", "label", "split", "volume", "kind", "person"],
+        ["A-1", "alpha", "A1", "1", "train", "alpha/A-1.zarr", "volume", ""],
+        ["A-2", "alpha", "", "0", "", "alpha/A-2.zarr", "volume", ""],
+        ["B-1", "beta", "B3", "", "test", "beta/B-1.zarr", "volume", ""],
     ]
     volume, attributes = read_volume(out / "alpha" / "A-2.zarr")
     assert volume.hu.shape == (128, 128, 128)
@@ -126,10 +137,10 @@ def test_ingestion_lists_what_it_stored(collection, tmp_path):
 def test_a_second_run_keeps_what_is_unchanged_and_redoes_what_is_not(collection, tmp_path, write_series):
     out = tmp_path / "out"
     run(collection, out)
-    before = {entry.path: (entry.path / "zarr.json").stat().st_mtime_ns for entry in read_index(out)}
+    before = {entry.path: Path(entry.path, "zarr.json").stat().st_mtime_ns for entry in read_index(out)}
     again = run(collection, out)
     assert (again.written, again.kept) == (0, 3)
-    assert {path: (path / "zarr.json").stat().st_mtime_ns for path in before} == before
+    assert {path: Path(path, "zarr.json").stat().st_mtime_ns for path in before} == before
     # The split and the window are applied later, so they redo nothing.
     rows = [row.replace(",test", ",train") for row in ROWS]
     write_manifest(collection / "manifest.csv", rows)
@@ -147,11 +158,72 @@ def test_a_second_run_keeps_what_is_unchanged_and_redoes_what_is_not(collection,
     assert ingest(collection, out, config=VolumeConfig(), processes=1, progress=False).kept == 0
 
 
+def test_volumes_that_other_rules_left_behind_are_named(collection, tmp_path):
+    out = tmp_path / "out"
+    assert run(collection, out).notes == ()
+    write_manifest(collection / "manifest.csv", [ROWS[0], ROWS[1].replace("A-1", "A-7"), ROWS[2]])
+    (note,) = run(collection, out).notes
+    assert (
+        note == f"2 volumes in {out} are in the index no more (the first: alpha/A-1.zarr); remove what you do not need"
+    )
+    assert (out / "alpha" / "A-1.zarr").exists()
+
+
+def test_persons_are_listed_and_an_index_without_them_can_be_read(collection, tmp_path):
+    out = tmp_path / "out"
+    head, first, second, third = ROWS
+    write_manifest(collection / "manifest.csv", [f"{head},person", f"{first},P", f"{second},", f"{third},"])
+    report = run(collection, out)
+    assert [entry.person for entry in report.index] == ["P", None, None]
+    assert read_index(out) == report.index
+    lines = (out / "index.csv").read_text().splitlines()
+    (out / "index.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines))
+    assert [entry.person for entry in read_index(out)] == [None, None, None]
+
+
+def test_nothing_of_the_patient_is_stored_where_it_slipped_into_technical_values(tmp_path, write_series):
+    def edit(_, dataset):
+        dataset.PatientName, dataset.PatientID = "Roe^Jane", "MRN-77"
+        dataset.ManufacturerModelName, dataset.ConvolutionKernel = "Scan of Roe", "B40 MRN-77"
+
+    write_series(tmp_path / "tree" / "a", shape=(5, 8, 8), edit=edit)
+    config = CollectionConfig(name="dicom-folder", hospitals="scanner")
+    report = run(tmp_path / "tree", tmp_path / "out", collection=config)
+    assert [(entry.hospital, entry.scanner) for entry in report.index] == [("ACME-withheld", "ACME withheld")]
+    stored = "".join(
+        str(path.relative_to(tmp_path / "out")) + path.read_text(errors="replace")
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    )
+    for secret in ("Roe", "roe", "Jane", "MRN"):
+        assert secret not in stored
+    source = read_volume(report.index[0].path)[0].source
+    assert (source.model, source.kernel, source.manufacturer) == ("withheld", "withheld", "ACME")
+
+
 def test_a_damaged_group_is_redone(collection, tmp_path):
     out = tmp_path / "out"
     run(collection, out)
     (out / "alpha" / "A-1.zarr" / "zarr.json").write_text("{")
     assert (run(collection, out).written, run(collection, out).kept) == (1, 3)
+
+
+def test_an_object_store_takes_what_a_folder_takes(collection, tmp_path):
+    """`memory://` is the object store that needs no network; the others differ by their name alone."""
+    out = "memory://bucket/study"
+    report = run(collection, out)
+    assert report.written == 3
+    assert report.index == read_index(out)
+    assert report.index[0].path == "memory://bucket/study/alpha/A-1.zarr"
+    run(collection, tmp_path / "out")
+    for stored, local in zip(report.index, read_index(tmp_path / "out"), strict=True):
+        assert read_attributes(stored.path)["checksum"] == read_attributes(local.path)["checksum"]
+    assert run(collection, out).kept == 3
+    run(collection / "dicom" / "a1", out)
+    run(collection / "dicom" / "a1", out)
+    assert len(read_index(out)) == 4, "the pseudonym is the same a second time"
+    with pytest.raises(ValueError, match="ftp://bucket: no place for volumes"):
+        run(collection, "ftp://bucket")
 
 
 def test_processes_do_not_change_the_volumes(collection, tmp_path):
@@ -236,11 +308,135 @@ def test_a_salt_is_made_whole_or_not_at_all(collection, tmp_path, monkeypatch):
 
 def test_leftovers_of_killed_processes_are_swept(collection, tmp_path):
     out = tmp_path / "out"
-    dead = out / "alpha" / ".A-1.zarr.999999999.partial"
+    dead = out / "alpha" / f".A-1.zarr.{DEAD}.partial"
     dead.mkdir(parents=True)
     (dead / "zarr.json").write_text("half")
+    # Numbers say nothing across machines: on another one this process may be at work.
+    others = [out / "alpha" / name for name in (".A-1.zarr.other-999999999.partial", ".A-1.zarr.999999999.partial")]
+    mine = out / f".other.csv.{process_tag()}.partial"
+    for path in (*others, mine):
+        path.mkdir()
     run(collection, out)
     assert not dead.exists()
+    assert all(path.exists() for path in (*others, mine))
+
+
+def test_a_killed_ingest_leaves_whole_volumes_and_a_second_run_continues(collection, tmp_path, monkeypatch):
+    out, written = tmp_path / "out", []
+
+    def die_in_the_second(path, *arguments, **options):
+        if written:
+            path.with_name(f".{path.name}.{DEAD}.partial").mkdir(parents=True)
+            raise KeyboardInterrupt
+        written.append(path)
+        write_volume(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("capsfl.ct.volumes.write_volume", die_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(collection, out)
+    assert [path.name for path in out.rglob("*.zarr")] == ["A-1.zarr"]
+    assert not (out / "index.csv").exists(), "an index says that all is there"
+    report = run(collection, out)
+    assert (report.written, report.kept) == (2, 1)
+    assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.torture
+@pytest.mark.skipif("CAPSFL_TORTURE" not in os.environ, reason="a minute of processor time: make torture")
+def test_ingests_killed_at_any_moment_end_as_one_that_was_not(collection, tmp_path):
+    """SIGKILL after random fractions of a second, until a run comes through; then all volumes are right."""
+    run(collection, tmp_path / "whole")
+    out = tmp_path / "killed"
+    program = "import sys; from capsfl.cli import main; main(sys.argv[1:])"
+    script = [sys.executable, "-c", program, "ingest", str(collection), str(out), "--processes", "2"]
+    generator, kills = np.random.default_rng(0), 0
+    for _ in range(20):
+        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=float(generator.uniform(0.5, 6.0)))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            for path in out.rglob("*.zarr"):
+                read_volume(path)
+    assert kills
+    ingest(collection, out, config=VolumeConfig(), processes=1, progress=False)
+    ingest(collection, tmp_path / "whole", config=VolumeConfig(), processes=1, progress=False)
+    for one, two in zip(read_index(tmp_path / "whole"), read_index(out), strict=True):
+        assert read_attributes(one.path)["checksum"] == read_attributes(two.path)["checksum"]
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_disk_that_fills_up_is_named_and_what_stood_stays(collection, tmp_path):
+    """Files may not grow over a limit, which fails as a full disk does."""
+    out = tmp_path / "out"
+    run(collection, out)
+    index = (out / "index.csv").read_bytes()
+    shutil.rmtree(out / "alpha" / "A-2.zarr")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        for on_error in ("raise", "skip"):  # a disk is no scan's fault: it is never skipped
+            with pytest.raises(errors.StorageError, match=r"A-2\.zarr: cannot be written .*; free space") as caught:
+                run(collection, out, on_error=on_error)
+            assert "\n" not in str(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (out / "index.csv").read_bytes() == index
+    assert sorted(path.name for path in out.rglob("*.zarr")) == ["A-1.zarr", "B-1.zarr"]
+    assert not list(out.rglob("*.partial"))
+    report = run(collection, out)
+    assert (report.written, report.kept) == (1, 2)
+
+
+def test_a_folder_of_several_series_asks_which_or_takes_each(tmp_path, write_series):
+    for number in (1, 2):
+        edit = partial(set_patient, f"Doe {number}")
+        write_series(tmp_path / "many", shape=(5, 8, 8), uid=f"1.2.84.{number}", edit=edit)
+    with pytest.raises(errors.SeveralSeries, match=r"2 series; .* --collection dicom-folder --series every$"):
+        run(tmp_path / "many", tmp_path / "out")
+    assert run(tmp_path / "many", tmp_path / "out", series="2").written == 1
+    each = CollectionConfig(name="dicom-folder", series="every")
+    report = run(tmp_path / "many", tmp_path / "each", collection=each)
+    assert [(entry.hospital, entry.patient) for entry in report.index] == [
+        ("local", "patient-0001"),
+        ("local", "patient-0002"),
+    ]
+
+
+def set_patient(patient, _, dataset):
+    dataset.PatientID = patient
+
+
+def test_what_the_reader_may_mend_decides_and_is_part_of_the_volume(tmp_path, write_series):
+    write_series(tmp_path / "tilted", shape=(6, 12, 12), step=(0.0, 1.0, 5.0))
+    with pytest.raises(errors.GantryTilt, match=r"reader\.allow_tilt_correction"):
+        run(tmp_path / "tilted", tmp_path / "out")
+    mended = ReaderConfig(allow_tilt_correction=True)
+    report = run(tmp_path / "tilted", tmp_path / "out", reader=mended)
+    assert report.written == 1
+    assert read_attributes(report.index[0].path)["reader"]["allow_tilt_correction"] is True
+    assert run(tmp_path / "tilted", tmp_path / "out", reader=mended).kept == 1
+    with pytest.raises(errors.GantryTilt):
+        run(tmp_path / "tilted", tmp_path / "out")
+
+
+def test_unreadable_and_circular_places_are_named_or_passed_by(collection, tmp_path):
+    (collection / "dicom" / "a1" / "again").symlink_to(collection / "dicom" / "a1", target_is_directory=True)
+    (collection / "dicom" / "a1" / "nowhere").symlink_to(collection / "absent")
+    rows = [ROWS[0], ROWS[1], "B-2,beta,empty.nii.gz,,,,,,"]
+    (collection / "empty.nii.gz").write_bytes(b"")
+    write_manifest(collection / "manifest.csv", rows)
+    report = run(collection, tmp_path / "out", on_error="skip")
+    faults = dict(report.failed)
+    assert "empty.nii.gz" in faults["beta/B-2"]
+    assert "nowhere: cannot be read (No such file or directory)" in faults["alpha/A-1"]
+    (collection / "dicom" / "a1" / "nowhere").unlink()
+    report = run(collection, tmp_path / "out", on_error="skip")
+    assert [entry.patient for entry in report.index] == ["A-1"]
 
 
 def test_a_real_series_and_real_masks_go_all_the_way(shared_data, tmp_path):

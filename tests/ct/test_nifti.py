@@ -1,6 +1,8 @@
 """Reading NIfTI: orientation, padding, and refusals of what is not a CT volume in Hounsfield units."""
 
+import gzip
 import itertools
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from capsfl.ct import errors
 from capsfl.ct.nifti import read_nifti, read_nifti_mask
+from capsfl.ct.reader import ReaderConfig
 
 
 def save(path, values, affine, dtype=np.float32, codes=1):
@@ -28,7 +31,7 @@ def ras_volume(axes: str, field, shape=(7, 8, 9)):
     affine[:3, 3] = (11.0, -7.0, 4.0)
     i, j, k = np.indices(shape)
     ras = np.einsum("ab,bijk->aijk", affine[:3, :3], np.stack([i, j, k])) + affine[:3, 3][:, None, None, None]
-    return field(-ras[0], -ras[1], ras[2]) - 800, affine
+    return field(-ras[0], -ras[1], ras[2]) - 200, affine
 
 
 @pytest.mark.parametrize("axes", ["LAS", "RAS", "LPS", "PIR", "SLA", "ASR"])
@@ -39,7 +42,7 @@ def test_every_orientation_ends_in_patient_axes(tmp_path, field, axes):
     np.testing.assert_allclose(directions, [[0, 0, 1], [0, 1, 0], [1, 0, 0]], atol=1e-6)
     index = np.indices(scan.hu.shape).reshape(3, -1)
     x, y, z, _ = scan.affine @ np.vstack([index, np.ones(index.shape[1])])
-    np.testing.assert_array_equal(scan.hu.ravel(), field(x, y, z) - 800)
+    np.testing.assert_array_equal(scan.hu.ravel(), field(x, y, z) - 200)
     np.testing.assert_array_equal(scan.source.to_series(scan.hu).transpose(2, 1, 0), values)
 
 
@@ -51,14 +54,61 @@ def test_padding_and_not_a_number_become_invalid_air(tmp_path):
     assert (scan.hu[~scan.valid] == -1000).all()
 
 
-def test_scaled_integers_are_unscaled(tmp_path):
-    image = nibabel.Nifti1Image(np.full((5, 5, 5), 100, np.int16), np.eye(4))
-    image.header.set_slope_inter(2.0, -1200.0)
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_scaled_numbers_of_any_type_are_unscaled(tmp_path, dtype, name):
+    stored = np.arange(120).reshape(4, 5, 6)
+    raw = nibabel.Nifti1Image(np.zeros((4, 5, 6), dtype), np.eye(4), dtype=dtype).to_bytes()
+    content = bytearray(raw[:352] + stored.astype(dtype).tobytes(order="F"))
+    content[112:120] = np.array([2.0, -1100.0], "<f4").tobytes()  # scl_slope, scl_inter
+    (tmp_path / name).write_bytes(gzip.compress(bytes(content)) if name.endswith("gz") else bytes(content))
+    scan = read_nifti(tmp_path / name)
+    np.testing.assert_array_equal(scan.source.to_series(scan.hu).transpose(2, 1, 0), stored * 2.0 - 1100)
+
+
+def test_big_endian_and_version_two_files_are_read(tmp_path, field):
+    values, affine = ras_volume("RAS", field)
+    expected = read_nifti(save(tmp_path / "scan.nii.gz", values, affine)).hu
+    nibabel.save(nibabel.Nifti2Image(values.astype(np.float32), affine), tmp_path / "two.nii.gz")
+    header = nibabel.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.dtype(">f4"))
+    nibabel.save(nibabel.Nifti1Image(values.astype(">f4"), affine, header), tmp_path / "big.nii")
+    for name in ("two.nii.gz", "big.nii"):
+        np.testing.assert_array_equal(read_nifti(tmp_path / name).hu, expected)
+
+
+@pytest.mark.parametrize(("units", "factor"), [("unknown", 1.0), ("mm", 1.0), ("meter", 1000.0), ("micron", 0.001)])
+def test_lengths_come_in_the_header_s_units(tmp_path, units, factor):
+    image = nibabel.Nifti1Image(np.full((5, 6, 7), -900, np.int16), np.diag([2.0, 3.0, 4.0, 1.0]))
+    image.header.set_xyzt_units(units)
     nibabel.save(image, tmp_path / "scan.nii")
-    raw = bytearray((tmp_path / "scan.nii").read_bytes())
-    raw[-250:] = np.full(125, 100, "<i2").tobytes()
-    (tmp_path / "scan.nii").write_bytes(bytes(raw))
-    assert (read_nifti(tmp_path / "scan.nii").hu == -1000).all()
+    np.testing.assert_allclose(read_nifti(tmp_path / "scan.nii").spacing_mm, np.array([4.0, 3.0, 2.0]) * factor)
+
+
+def forms(path, sform, sform_code, qform, qform_code):
+    """A scan with two orientations."""
+    image = nibabel.Nifti1Image(np.full((5, 6, 7), -900, np.float32), None)
+    image.set_sform(sform, sform_code)
+    image.set_qform(qform, qform_code)
+    nibabel.save(image, path)
+    return path
+
+
+def test_the_scanner_s_orientation_counts_and_two_that_contradict_are_refused(tmp_path):
+    own, atlas = np.diag([2.0, 3.0, 4.0, 1.0]), np.diag([-1.0, 1.0, 1.0, 1.0])
+    spacings = {
+        name: read_nifti(forms(tmp_path / f"{name}.nii", *given)).spacing_mm
+        for name, given in {
+            "sform alone": (own, 1, atlas, 0),
+            "qform alone": (atlas, 0, own, 1),
+            "qform of the scanner, sform of an atlas": (atlas, 4, own, 1),
+            "sform of the scanner, qform aligned": (own, 1, atlas, 2),
+        }.items()
+    }
+    assert set(spacings.values()) == {(4.0, 3.0, 2.0)}
+    flipped = np.diag([-2.0, 3.0, 4.0, 1.0])
+    with pytest.raises(errors.InconsistentGeometry, match=r"sform and qform put the scan up to 16\.0 mm apart"):
+        read_nifti(forms(tmp_path / "both.nii", own, 1, flipped, 1))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +151,97 @@ def test_broken_and_absent_files_are_named(tmp_path):
         read_nifti(path)
     with pytest.raises(errors.WrongFormat, match="no such file"):
         read_nifti(tmp_path / "absent.nii.gz")
+
+
+def put(content: bytes, at: int, value: float, dtype: str) -> bytes:
+    """A number of the header replaced."""
+    number = np.array([value], dtype).tobytes()
+    return content[:at] + number + content[at + len(number) :]
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "dtype", "error", "message"),
+    [
+        (40, 0, "<i2", errors.WrongFormat, r"shape \(\)"),
+        (40, 9, "<i2", errors.WrongFormat, r"shape \(\)"),
+        (42, -6, "<i2", errors.WrongFormat, "shape"),
+        (42, 32767, "<i2", errors.CorruptFile, "truncated"),
+        (70, 128, "<i2", errors.WrongFormat, "no plain numbers"),
+        (70, 32, "<i2", errors.WrongFormat, "complex64, no plain numbers"),
+        (70, 999, "<i2", errors.WrongFormat, "unknown type"),
+        (80, np.nan, "<f4", errors.InconsistentGeometry, "not finite"),
+        (108, 1e30, "<f4", errors.WrongFormat, "start at byte"),
+        (108, np.nan, "<f4", errors.WrongFormat, "start at byte"),
+        (108, 12, "<f4", errors.WrongFormat, "start at byte"),
+        (112, np.inf, "<f4", errors.WrongFormat, "scale"),
+        (112, 1e30, "<f4", errors.WrongFormat, "not Hounsfield units"),
+        (123, 77, "u1", errors.WrongFormat, "units"),
+        (280, np.nan, "<f4", errors.InconsistentGeometry, "nan mm apart"),
+        (344, 0, "<i4", errors.WrongFormat, "no NIfTI"),
+        (0, 349, "<i4", errors.WrongFormat, "not a readable NIfTI"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused_on_one_line(tmp_path, at, value, dtype, error, message):
+    path = save(tmp_path / "scan.nii", np.full((6, 7, 8), -900.0), np.diag([2.0, 2.0, 2.0, 1.0]))
+    content = put(path.read_bytes(), at, value, dtype)
+    if at == 80:  # the pixel spacing counts where the orientation is a quaternion
+        content = put(content, 254, 0, "<i2")
+    path.write_bytes(content)
+    with pytest.raises(error, match=message) as caught:
+        read_nifti(path)
+    assert str(caught.value).isprintable()
+
+
+def peak_bytes(path) -> tuple[int, Exception]:
+    """Memory that reading took at its highest, and the refusal."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ScanError) as caught:
+            read_nifti(path)
+        return tracemalloc.get_traced_memory()[1], caught.value
+    finally:
+        tracemalloc.stop()
+
+
+def test_bombs_are_refused_in_bounded_memory(tmp_path):
+    small = save(tmp_path / "small.nii", np.full((5, 5, 5), -900.0), np.eye(4)).read_bytes()
+    bomb = tmp_path / "bomb.nii.gz"
+    # More than the header says: 64 MB of zeros in 64 kB.
+    bomb.write_bytes(gzip.compress(small + bytes(1 << 26), 1))
+    memory, error = peak_bytes(bomb)
+    assert isinstance(error, errors.CorruptFile)
+    assert "more than its header says" in str(error)
+    assert memory < 4 << 20
+    # A header that says much: nothing is unpacked, nor allocated.
+    for shape, expected in (((4096, 4096, 4096), errors.TooLarge), ((700, 700, 700), errors.CorruptFile)):
+        header = small
+        for axis, size in enumerate(shape):
+            header = put(header, 42 + 2 * axis, size, "<i2")
+        bomb.write_bytes(gzip.compress(header))
+        memory, error = peak_bytes(bomb)
+        assert type(error) is expected
+        assert memory < 1 << 20
+    # An extension without end.
+    bomb.write_bytes(gzip.compress(put(put(small, 108, 1e9, "<f4"), 348, 1, "<i4") + bytes(1 << 24), 1))
+    memory, error = peak_bytes(bomb)
+    assert isinstance(error, errors.WrongFormat)
+    assert memory < 1 << 20
+
+
+def test_the_largest_scan_is_a_setting(tmp_path):
+    path = save(tmp_path / "scan.nii", np.full((6, 7, 8), -900.0), np.eye(4))
+    assert read_nifti(path, config=ReaderConfig(max_voxels=336)).hu.size == 336
+    with pytest.raises(errors.TooLarge, match=r"6 x 7 x 8 voxels; raise reader\.max_voxels = 335"):
+        read_nifti(path, config=ReaderConfig(max_voxels=335))
+
+
+def test_one_flipped_byte_of_a_packed_scan_is_noticed(tmp_path):
+    path = save(tmp_path / "scan.nii.gz", np.random.default_rng(0).normal(-900, 9, (9, 9, 9)), np.eye(4))
+    content = path.read_bytes()
+    for at in range(40, len(content), 61):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises((errors.WrongFormat, errors.CorruptFile, errors.TooLarge)):
+            read_nifti(path)
 
 
 def test_a_mask_is_cut_at_its_threshold_on_the_scan_s_grid(tmp_path, field):

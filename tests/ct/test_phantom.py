@@ -170,6 +170,77 @@ def test_thin_slices_average_to_the_thick_slab(positive):
     assert difference[lung].mean() < 25
 
 
+def test_a_build_does_not_depend_on_the_disease():
+    covid, other = patient(21, positive=True), patient(21, positive=True, pattern="pneumonia")
+    assert replace(other, lesions=covid.lesions, confounders=covid.confounders) == covid
+    assert other.lesions != covid.lesions
+
+
+def spread(anatomy: Anatomy) -> tuple[float, float, float]:
+    """Weighed by volume: the share of the opacities on their main side, their depth (mm) and their density."""
+    weights = np.array([lesion.radius_mm**3 for lesion in anatomy.lesions])
+    right = np.average([lesion.side < 0 for lesion in anatomy.lesions], weights=weights)
+    depth = np.average([lesion.depth_mm for lesion in anatomy.lesions], weights=weights)
+    density = np.average([lesion.opacity for lesion in anatomy.lesions], weights=weights)
+    return max(right, 1 - right), float(depth), float(density)
+
+
+def test_another_pneumonia_is_of_one_lung_central_dense_and_effuses_where_covid_does_not():
+    patterns: dict[str, list[Anatomy]] = {
+        pattern: [patient(seed, positive=True, pattern=pattern) for seed in range(120)]
+        for pattern in ("covid", "pneumonia")
+    }
+    one_sided, depth, density = (
+        {pattern: np.array([spread(anatomy)[k] for anatomy in found]) for pattern, found in patterns.items()}
+        for k in range(3)
+    )
+    assert np.mean(one_sided["pneumonia"] > 0.95) > 0.5
+    assert np.mean(one_sided["covid"] > 0.95) < 0.1
+    assert np.median(depth["pneumonia"]) > 1.2 * np.median(depth["covid"])
+    assert np.median(density["pneumonia"]) > np.median(density["covid"]) + 0.15
+    effusion = {
+        pattern: np.mean([anatomy.confounders.dependent_opacity == 0.97 for anatomy in found])
+        for pattern, found in patterns.items()
+    }
+    assert effusion["covid"] == 0
+    assert 0.25 < effusion["pneumonia"] < 0.55
+    for figure in (one_sided, depth, density):  # no single figure of the patient gives the class away
+        area = (figure["pneumonia"][:, None] > figure["covid"][None, :]).mean()
+        assert 0.6 < area < 0.97
+
+
+def test_another_pneumonias_lesions_lie_in_the_lungs_and_its_effusion_on_its_own_side():
+    anatomy = next(
+        found
+        for found in (patient(seed, positive=True, pattern="pneumonia") for seed in range(60))
+        if found.confounders.dependent_opacity == 0.97 and len({lesion.side for lesion in found.lesions}) == 1
+    )
+    hu, lung, lesion, geometry = acquire(anatomy, SCANNER["B3"], matrix=128, slice_thickness_mm=10.0, seed=1)
+    assert lesion.sum() * np.prod(geometry.spacing_mm) > 5_000  # mm^3
+    assert not (lesion & ~lung).any()
+    right = np.broadcast_to(geometry.origin_mm[0] + np.arange(128) * geometry.spacing_mm[2] < 0, hu.shape)
+    sick = right if anatomy.lesions[0].side < 0 else ~right
+    assert (lesion & sick).sum() > 0.95 * lesion.sum()
+    fluid = lung & ~lesion & (hu > -100)
+    fluid[: len(fluid) // 6] = False  # where the diaphragm's partial volume looks the same
+    assert (fluid & sick).sum() > 3 * (fluid & ~sick).sum()
+
+
+def test_the_aorta_ends_in_a_round_arch(positive):
+    s, ap = positive.size, positive.depth
+    thorax = Thorax(positive, matrix=128, field_of_view_mm=360)
+    x, y = thorax.grid.fine
+    left = np.hypot(x - 36 * s, y - 50 * ap * s) < 8  # beside the spine, where lung follows above the arch
+    free = [thorax.slab(z, 2.0)[1][left].mean() for z in np.arange(50.0, 90.0, 2.0)]
+    assert free[0] < 0.3
+    assert free[-1] > 0.95
+    assert np.max(np.diff(free)) < 0.5, "the lung closes over the arch step by step, not at once"
+    hu, lung, _ = thorax.slab(68.0, 2.0)
+    arch = np.hypot(x - 12 * s, y - 25 * ap * s) < 4
+    assert not lung[arch].any()
+    assert hu[arch].mean() == pytest.approx(43, abs=12)
+
+
 def test_a_coarser_matrix_shows_the_same_patient(positive):
     fine, coarse = (Thorax(positive, matrix=matrix, field_of_view_mm=360).slab(0.0, 5.0)[0] for matrix in (256, 128))
     pooled = fine.reshape(128, 2, 128, 2).mean((1, 3))

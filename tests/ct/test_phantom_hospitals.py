@@ -97,6 +97,24 @@ def test_any_cohort_is_balanced_by_hospital_scanner_and_prefix(data):
             assert abs(sum(seen) - share * len(seen)) <= 1 + 1e-9
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 150), st.floats(0.05, 0.95))
+def test_a_third_class_halves_the_rest_everywhere_and_leaves_covid_as_it_was(count, patients, fraction):
+    config = PhantomConfig(hospitals=count, patients=max(count, patients), positives_fraction=fraction)
+    two, three = cohort(config), cohort(config.model_copy(update={"classes": 3}))
+    for old, new in zip(two, three, strict=True):
+        assert (old.id, old.seed, old.scanner) == (new.id, new.seed, new.scanner)
+        assert (old.label, old.pattern) == (int(old.positive), "covid")
+        assert new.label == (2 if old.positive else new.label)
+        assert (new.positive, new.pattern) == (new.label > 0, "pneumonia" if new.label == 1 else "covid")
+        assert old.positive == (new.label == 2)
+    rest = [subject for subject in three if subject.label < 2]
+    for groups in ([()] * len(rest), [s.hospital for s in rest], [s.scanner.id for s in rest]):
+        for group in set(groups):
+            labels = [s.label for s, own in zip(rest, groups, strict=True) if own == group]
+            assert abs(2 * sum(labels) - len(labels)) <= 1, group
+
+
 @settings(max_examples=100, deadline=None)
 @given(weights=st.lists(st.integers(1, 50), min_size=1, max_size=8), total=st.integers(0, 300))
 def test_shares_add_up_and_are_within_one_of_proportional(weights, total):
@@ -166,6 +184,18 @@ def test_stored_values_rescale_to_the_acquired_hounsfield_units(phantom, rows):
     index = np.array([7, 11, 3, 1.0])  # i, j, k
     in_lps = geometry.affine @ index[[2, 1, 0, 3]]
     np.testing.assert_allclose(image.affine @ index, in_lps * [-1, -1, 1, 1], atol=1e-3)
+
+
+def test_the_manifest_of_three_classes_labels_them_and_masks_both_pneumonias(tmp_path):
+    config = PhantomConfig(
+        hospitals=1, patients=3, positives_fraction=1 / 3, classes=3, matrix=128, slice_thickness_mm=10.0
+    )
+    with write_hospitals(tmp_path, config=config, processes=1, progress=False).open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert sorted(row["label"] for row in found) == ["0", "1", "2"]
+    for row in found:
+        mask = np.asarray(nibabel.Nifti1Image.from_filename(tmp_path / row["mask"]).dataobj)
+        assert mask.any() == (row["label"] != "0")
 
 
 def test_masks_are_empty_for_negatives_and_only_for_them(phantom, rows):

@@ -91,8 +91,14 @@ def slab_geometry(anatomy: Anatomy, grid: Grid, wide: Float, z: float, thickness
     middle = superellipse(x - 2, y + 22, 26 * s, 62 * ap * s, 2.2)
     middle = smooth_minimum(middle, heart - 3, 14.0)
     middle = smooth_minimum(middle, superellipse(x, y - 66 * ap * s, 25 * s, 30 * s, 2.2), 12.0)
-    if t < 0.74:  # descending aorta
-        middle = smooth_minimum(middle, np.hypot(x - 27 * s, y - 50 * ap * s) - 12.5 * s - 2, 6.0)
+    # Descending aorta, with a round top, and arch: what the lungs must leave free.
+    past_top = max(z - 66.0, 0.0)
+    if past_top < 16:
+        aorta = np.hypot(np.hypot(x - 27 * s, y - 50 * ap * s), np.float32(past_top)) - 12.5 * s - 2
+        middle = smooth_minimum(middle, aorta, 6.0)
+    arch_share, radius = _round_section(z - _ARCH_Z, thickness, _ARCH_MM * s)
+    if arch_share:
+        middle = smooth_minimum(middle, _along_arch(x, y, anatomy) - radius - 2, 6.0)
     hilum = np.hypot(side - 32 * s, y - 6) - (17 * np.exp(-(((z - 4) / 26) ** 2)) - 6)
     middle = smooth_minimum(middle, hilum, 8.0)
 
@@ -109,6 +115,31 @@ def slab_geometry(anatomy: Anatomy, grid: Grid, wide: Float, z: float, thickness
         cavity=cavity, core=core, body=body, wall=wall, dome=diaphragm, heart=heart, heart_share=share,
         mediastinum=middle,
     )  # fmt: skip
+
+
+_ARCH_Z = 68.0
+_ARCH_MM = 14.0
+
+
+def _round_section(z: float, thickness: float, radius: float) -> tuple[float, float]:
+    """Fraction of a slab that a sphere or a lying cylinder fills, and its mean half-width there (mm).
+
+    Args:
+        z: Height of the slab's centre above the body's (mm).
+        thickness: Slab thickness (mm).
+        radius: Of the body (mm).
+    """
+    heights = z + np.linspace(-0.5, 0.5, 9) * thickness
+    widths = np.sqrt(np.clip(radius**2 - heights**2, 0, None))
+    inside = widths > 0
+    return float(np.mean(inside)), float(widths[inside].mean()) if inside.any() else 0.0
+
+
+def _along_arch(x: Float, y: Float, anatomy: Anatomy) -> Float:
+    """Distance (mm) to the aortic arch's axis, seen from above: from the sternum to the spine's left."""
+    s, ap = anatomy.size, anatomy.depth
+    along = np.clip((y + 22 * ap * s) / (72 * ap * s), 0, 1)
+    return np.hypot(x - (41 * along - 15) * s, y - np.clip(y, -22 * ap * s, 50 * ap * s))
 
 
 def paint_couch(anatomy: Anatomy, grid: Grid) -> Float:
@@ -163,10 +194,13 @@ def paint_contents(hu: Float, anatomy: Anatomy, grid: Grid, slab: Slab, fields: 
         paint(organs[box], coverage(np.hypot(x[box] - 78 * s, y[box] - 46) - 46), 48)
         paint(organs, coverage(x - np.float32(18 * s)), 58)
         paint(hu, below, organs)
-        box = grid.box(62 * s, -38, 32, 24)
-        gas = superellipse(x[box] - 62 * s, y[box] + 38, 27, 19) + max(0.0, z - anatomy.base_z - 14) * 1.2
-        paint(hu[box], coverage(gas) * below[box], -930)
-        paint(hu[box], coverage(np.abs(gas) - 2) * below[box], 40)
+        # The fundus' bubble of gas: an ellipsoid under the left dome.
+        share, half = _round_section(z - anatomy.base_z - 4, thickness, 20.0)
+        if share:
+            box = grid.box(84 * s, -28, 32, 24)
+            gas = superellipse(x[box] - 84 * s, y[box] + 28, 1.3 * half, 0.95 * half)
+            paint(hu[box], coverage(gas - 2) * below[box] * np.float32(share), 40)
+            paint(hu[box], coverage(gas) * below[box] * np.float32(share), -930)
 
     if slab.heart_share:
         paint(hu, coverage(slab.heart - 2.2) * slab.heart_share, -70)
@@ -181,15 +215,12 @@ def paint_contents(hu: Float, anatomy: Anatomy, grid: Grid, slab: Slab, fields: 
 
     tube(-17, -22, 16, 8, 74, 43)  # ascending aorta
     tube(-29, -14, 9.5, 0, 110, 43)  # superior vena cava
-    tube(24, 50, 12.5, -150, 58, 43)  # descending aorta
+    tube(24, 50, 12.5, -150, 66, 43)  # descending aorta
     tube(14, -28, 14.5, 10, 38, 43)  # pulmonary trunk
-    share = overlap(z, thickness, 56, 80)
-    if share:  # aortic arch
+    share, radius = _round_section(z - _ARCH_Z, thickness, _ARCH_MM * s)
+    if share:
         box = grid.box(5 * s, 14 * ap * s, 40 * s, 55 * ap * s)
-        u, v = x[box], y[box]
-        along = np.clip((v + 22 * ap * s) / (72 * ap * s), 0, 1)
-        arch = np.hypot(u - (41 * along - 15) * s, v - np.clip(v, -22 * ap * s, 50 * ap * s)) - 14 * s
-        paint(hu[box], coverage(arch) * share, 43)
+        paint(hu[box], coverage(_along_arch(x[box], y[box], anatomy) - np.float32(radius)) * np.float32(share), 43)
     for cx, cy, radius in ((-16, -16, 6.5), (4, -12, 4.5), (17, -2, 5), (-30, -20, 8), (24, -26, 7)):
         tube(cx, cy, radius, 80, 1000, 44)  # supra-aortic arteries and brachiocephalic veins
     share = overlap(z, thickness, 2, 30)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from capsfl.ct.phantom.disease import Pattern
 from capsfl.ct.phantom.scanners import SCANNERS, Scanner
 from capsfl.settings import Settings
 
@@ -29,6 +30,9 @@ class PhantomConfig(Settings):
     """Slice thickness and spacing."""
     positives_fraction: Annotated[float, Field(ge=0, le=1)] = 68 / 89
     """Fraction of patients with COVID pneumonia; 0 and 1 give one class only."""
+    classes: Literal[2, 3] = 2
+    """2: label 0 without pneumonia, 1 COVID. 3: 0 without, 1 another pneumonia, 2 COVID; the patients without COVID
+    are halved between the first two."""
 
     @model_validator(mode="after")
     def _every_hospital_has_a_patient(self) -> "PhantomConfig":
@@ -45,7 +49,11 @@ class Subject:
     hospital: str
     scanner: Scanner
     positive: bool
+    """Whether the patient has pneumonia."""
     seed: int
+    label: int
+    pattern: Pattern = "covid"
+    """Which pneumonia, if any."""
 
 
 def apportion(total: int, weights: Sequence[float], *, low: Sequence[int], high: Sequence[int]) -> list[int]:
@@ -96,7 +104,8 @@ def cohort(config: PhantomConfig) -> tuple[Subject, ...]:
     Three hospitals and 89 patients give Table II: 30+10, 13+7 and 20+9 patients on six scanners, 68 of 89
     positive. Other sizes keep its proportions. A hospital with two patients or more has both labels; each
     scanner of a hospital sees the same fraction of positives to within a patient, so that the scanner does
-    not give the label away; and any prefix of a hospital's patients is balanced like the whole.
+    not give the label away; and any prefix of a hospital's patients is balanced like the whole. With three classes
+    that holds for COVID against the rest, and the rest are halved in every hospital and on every scanner.
     """
     hospitals = range(config.hospitals)
     pairs = [_hospital_scanners(index) for index in hospitals]
@@ -125,6 +134,21 @@ def cohort(config: PhantomConfig) -> tuple[Subject, ...]:
                     scanner=pairs[index][next(queues[label])],
                     positive=label,
                     seed=int(entropy.generate_state(1, np.uint64)[0]),
+                    label=int(label),
                 )
             )
-    return tuple(subjects)
+    return tuple(subjects) if config.classes == 2 else _with_other_pneumonia(subjects)
+
+
+def _with_other_pneumonia(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
+    """Give every second patient without COVID another pneumonia: in every hospital, and on each of its scanners."""
+    negatives = sorted((s for s in subjects if not s.positive), key=lambda s: (s.hospital, s.scanner.id, s.id))
+    sick = {subject.id for subject in negatives[::2]}
+    return tuple(
+        replace(subject, label=2)
+        if subject.positive
+        else replace(subject, label=1, positive=True, pattern="pneumonia")
+        if subject.id in sick
+        else subject
+        for subject in subjects
+    )

@@ -21,7 +21,7 @@ from capsfl.ct.phantom.scanners import acquire
 from capsfl.ct.phantom.series import write_mask, write_series
 from capsfl.workers import count_cores, die_with_parent
 
-_VERSION = 1
+_VERSION = 2
 _COLUMNS = ("patient", "hospital", "image", "scanner", "label", "mask", "split")
 
 
@@ -172,7 +172,7 @@ def _write_patient(out: Path, config: PhantomConfig, subject: Subject) -> None:
         partial.mkdir(parents=True)
         mask_path.parent.mkdir(exist_ok=True)
         hu, _, lesion, geometry = acquire(
-            patient(subject.seed, positive=subject.positive), subject.scanner,
+            patient(subject.seed, positive=subject.positive, pattern=subject.pattern), subject.scanner,
             matrix=config.matrix, slice_thickness_mm=config.slice_thickness_mm, seed=subject.seed,
         )  # fmt: skip
         write_series(partial, hu, geometry, subject=subject, identity=config.model_dump_json())
@@ -194,5 +194,5 @@ def _manifest(subjects: tuple[Subject, ...]) -> str:
     for subject in subjects:
         folder, mask = _paths(Path(), subject)
         row = subject.id, subject.hospital, folder.as_posix(), subject.scanner.id
-        writer.writerow((*row, int(subject.positive), mask.as_posix(), ""))
+        writer.writerow((*row, subject.label, mask.as_posix(), ""))
     return text.getvalue()

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capsfl.ct.phantom.anatomy import Anatomy, Lesion
+from capsfl.ct.phantom.anatomy import Anatomy
+from capsfl.ct.phantom.disease import Lesion
 from capsfl.ct.phantom.shapes import Float, Grid, SmoothField, smoothstep
 
 MASK_OPACITY = 0.12

@@ -1,0 +1,151 @@
+"""Stored pixels to Hounsfield units: decoding, rescale and padding, one slice in memory at a time."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import generate_frames
+from pydicom.pixels import iter_pixels, pixel_array  # pyright: ignore[reportPrivateImportUsage]
+from pydicom.uid import UID
+
+from capsfl.ct import errors
+from capsfl.ct.codestreams import frame_size
+from capsfl.ct.errors import printable
+from capsfl.ct.scan import AIR_HU, PADDING_HU
+from capsfl.ct.slices import DicomSlice
+
+HIGHEST_HU = 32768.0
+"""Extended scales end at 30710 HU: beyond it the header misreads the stored values."""
+
+DESCRIPTION = (
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData"),
+)
+
+
+def decode(slices: Sequence[DicomSlice]) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode slices to their stored integers, opening each file once.
+
+    Yields:
+        Each slice's index in `slices` and its (rows, columns) array; files in the order of their first
+        slice, the frames of a file in the order in which it holds them.
+
+    Raises:
+        CorruptFile: truncated, or the pixels contradict the header.
+    """
+    first = {file.path: index for index, file in reversed(list(enumerate(slices)))}
+    indices = sorted(range(len(slices)), key=lambda index: (first[slices[index].path], slices[index].frame or 0))
+    for path, group in groupby(indices, key=lambda index: slices[index].path):
+        wanted = list(group)
+        try:
+            for index, stored in zip(wanted, _frames(path, [slices[index] for index in wanted]), strict=True):
+                shape = (slices[index].rows, slices[index].columns)
+                if stored.shape != shape:
+                    raise errors.CorruptFile(
+                        path, f"pixels of shape {stored.shape}, header says {shape}", "export it again"
+                    )
+                yield index, stored
+        except (errors.ScanError, GeneratorExit):
+            raise
+        except Exception as error:  # decoders are third-party code: whatever they raise, the file is at fault
+            raise errors.CorruptFile(
+                path, f"the pixels do not decode ({_line(error)})", "copy or export the slice again"
+            ) from error
+
+
+def _frames(path: Path, slices: list[DicomSlice]) -> Iterator[np.ndarray]:
+    syntax = UID(slices[0].syntax)
+    if slices[0].frame is not None and not syntax.is_compressed:
+        # Native frames are read one by one: a whole multi-frame file may be as large as its volume.
+        yield from iter_pixels(path, indices=[file.frame or 0 for file in slices], raw=True)
+        return
+    dataset = pydicom.dcmread(path, force=True, specific_tags=list(DESCRIPTION))
+    if not isinstance(getattr(dataset, "file_meta", None), FileMetaDataset):
+        dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    if syntax.is_encapsulated:
+        _check_codestreams(path, dataset, slices)
+    if slices[0].frame is None:
+        yield pixel_array(dataset, raw=True)
+    else:
+        yield from iter_pixels(dataset, indices=[file.frame or 0 for file in slices], raw=True)
+
+
+def _check_codestreams(path: Path, dataset: Dataset, slices: list[DicomSlice]) -> None:
+    """A decoder allocates what the compressed stream asks for, so that must be what the header says."""
+    count = int(dataset.get("NumberOfFrames") or 1)
+    offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
+    table = (offsets[0], offsets[1]) if offsets[0] and offsets[1] else None
+    for frame in generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=table):
+        size = frame_size(frame)
+        if size is not None and size != (slices[0].rows, slices[0].columns):
+            raise errors.CorruptFile(
+                path,
+                f"compressed pixels of {size[0]}x{size[1]}, header says {slices[0].rows}x{slices[0].columns}",
+                "export it again",
+            )
+
+
+def to_hounsfield(file: DicomSlice, stored: np.ndarray, hu: np.ndarray, valid: np.ndarray) -> float:
+    """Write one slice's Hounsfield units and validity in place; padding is found on the stored values.
+
+    Args:
+        file: the slice.
+        stored: (rows, columns) stored integers.
+        hu: (rows, columns) float32, overwritten; -1000 where padded.
+        valid: (rows, columns) bool, overwritten.
+
+    Returns:
+        The lowest valid HU; infinite when all is padding.
+
+    Raises:
+        CorruptFile: values beyond what any scanner gives.
+    """
+    low, high = int(stored.min()), int(stored.max())
+    with np.errstate(over="ignore", invalid="ignore"):  # a damaged rescale overflows, and is refused below
+        np.multiply(stored, np.float32(file.slope), out=hu, casting="unsafe")
+        hu += np.float32(file.intercept)
+    ends = sorted(file.slope * value + file.intercept for value in (low, high))
+    padding = None
+    if file.padding is not None:
+        first, last = _padding_range(file.padding, stored.dtype)
+        if first <= high and last >= low:
+            padding = (stored >= first) & (stored <= last)
+    if ends[0] < PADDING_HU:
+        below = hu < PADDING_HU
+        padding = below if padding is None else padding | below
+    if padding is None:
+        valid[...] = True
+        lowest, highest = ends
+    else:
+        np.logical_not(padding, out=valid)
+        hu[padding] = AIR_HU
+        lowest = float(np.min(hu, where=valid, initial=np.inf))
+        highest = float(hu.max())
+    if not highest <= HIGHEST_HU:
+        raise errors.CorruptFile(
+            file.path, f"values up to {highest:g} HU, beyond any scanner's", "export it again; its header misreads them"
+        )
+    return lowest
+
+
+def _padding_range(declared: tuple[float, float], dtype: np.dtype) -> tuple[int, int]:
+    limits = np.iinfo(dtype)
+
+    def fitted(number: int) -> int:
+        # Writers store the signed -2000 as the unsigned 63536 and the other way round.
+        span = 1 << limits.bits
+        return number if limits.min <= number <= limits.max else (number - limits.min) % span + limits.min
+
+    first, last = (fitted(int(number)) for number in declared)
+    return min(first, last), max(first, last)
+
+
+def _line(error: Exception) -> str:
+    """The first line of a library's message, short enough for one of ours."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0] if lines else type(error).__name__)[:120]
