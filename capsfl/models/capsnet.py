@@ -3,7 +3,7 @@
 from functools import partial
 from itertools import pairwise
 from math import prod
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -19,6 +19,9 @@ Size = Annotated[int, Field(gt=0)]
 
 class CapsNetConfig(Settings):
     """Sizes of a CapsNet; `mnist()` is the published network, `ct()` a small one for slices."""
+
+    name: Literal["capsnet"] = "capsnet"
+    """Tells the network from others in a configuration."""
 
     image_size: Size
     """Height and width of the image in pixels."""
@@ -64,6 +67,9 @@ class CapsNetConfig(Settings):
 
     decoder: tuple[Size, ...] = (512, 1024)
     """Hidden units of the decoder."""
+
+    weights: str = ""
+    """File of weights that CapsNet-Keras has saved (`.h5`), to start from; empty to start from random ones."""
 
     @classmethod
     def mnist(cls) -> "CapsNetConfig":

@@ -30,6 +30,9 @@ _NORM_GROUPS = 8
 class EfficientCapsNetConfig(Settings):
     """Sizes of an Efficient-CapsNet; `mnist()` is the published network, `ct()` a small one for slices."""
 
+    name: Literal["efficient_capsnet"] = "efficient_capsnet"
+    """Tells the network from others in a configuration."""
+
     image_size: Size
     """Height and width of the image in pixels."""
 

@@ -1,12 +1,15 @@
 """The layers both networks are made of: plain convolution and primary, dense and convolutional capsules."""
 
+from functools import partial
 from math import prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from capsfl_kernels import conv_capsules, dynamic_routing, em_capsules, self_attention_routing, squash
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 
 from capsfl.models.convolution import convolve
 
@@ -26,20 +29,24 @@ _MATRIX_DEVIATION = 0.3
 _CAPSULE_BIAS = 0.1
 
 
-def he_normal(key: Array, shape: tuple[int, ...]) -> Array:
+def he_normal(key: Array, shape: tuple[int, ...], *, block: int = _BLOCK) -> Array:
     """Draw weights `(..., fan_out)` of variance 2 / fan_in (He et al. 2015, equation 10).
 
-    From a normal cut off at two standard deviations, as Keras and so the SegCaps code draw it.
+    From a normal cut off at two standard deviations, as Keras and so the SegCaps code draw it. `block` numbers are
+    drawn at once; another size gives other numbers.
     """
     size = prod(shape)
-    draws = [_truncated_normal(jax.random.fold_in(key, block)) for block in range(-(-size // _BLOCK))]
+    draws = [_truncated_normal(jax.random.fold_in(key, number), block) for number in range(-(-size // block))]
     scale = (2 / prod(shape[:-1])) ** 0.5 / _TRUNCATED_DEVIATION
-    return scale * jnp.concatenate(draws)[:size].reshape(shape)
+    if isinstance(key, Tracer):
+        return scale * jnp.concatenate(draws)[:size].reshape(shape)
+    # Put together by NumPy, where JAX would compile three operations for each shape of a network.
+    return jnp.asarray(scale * np.concatenate([np.asarray(draw) for draw in draws])[:size].reshape(shape))
 
 
-@jax.jit
-def _truncated_normal(key: Array) -> Array:
-    return jax.random.truncated_normal(key, -2, 2, (_BLOCK,))
+@partial(jax.jit, static_argnums=1)
+def _truncated_normal(key: Array, block: int) -> Array:
+    return jax.random.truncated_normal(key, -2, 2, (block,))
 
 
 def capsule_lengths(capsules: Array) -> Array:

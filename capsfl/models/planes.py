@@ -16,11 +16,21 @@ PLANES: tuple[Plane, ...] = ("xy", "yz", "xz")
 # Axes of a (z, y, x) volume in the order (slice, row, column).
 _AXES: dict[Plane, tuple[int, int, int]] = {"xy": (0, 1, 2), "yz": (2, 0, 1), "xz": (1, 0, 2)}
 
-# Zhou et al. 2020 call a voxel infected when the three probabilities sum to more than 2.
-_THRESHOLDS: dict[Rule, float] = {"mean": 2 / 3, "max": 0.5, "min": 0.5, "learned": 0.5}
+_RULES: tuple[Rule, ...] = ("mean", "max", "min", "learned")
 
 # A pull towards zero, in voxels, that keeps the fit finite when the planes separate the classes perfectly.
 _RIDGE = 1e-3
+
+
+def plane_axes(plane: Plane) -> tuple[int, int, int]:
+    """Return the axes of a `(z, y, x)` volume along which a plane's slices follow each other, its rows, its columns.
+
+    Raises:
+        ValueError: if the plane is not among the choices.
+    """
+    if plane not in _AXES:
+        raise ValueError(f"plane {plane!r}: expected one of {', '.join(_AXES)}")
+    return _AXES[plane]
 
 
 def slices_of(volume: Array, plane: Plane, channels: int = 1) -> Array:
@@ -32,17 +42,33 @@ def slices_of(volume: Array, plane: Plane, channels: int = 1) -> Array:
     Raises:
         ValueError: if the volume has not three axes, or plane or channels are not among the choices.
     """
-    axes = _axes(plane)
-    if volume.ndim != 3:
-        raise ValueError(f"volume {volume.shape}: expected three axes (z, y, x)")
-    if channels not in (1, 5):
-        raise ValueError(f"channels {channels}: expected 1 or 5")
+    axes = plane_axes(plane)
+    _check(volume, channels)
     slices = volume.transpose(axes)
     if channels == 1:
         return slices[..., None]
     reach = channels // 2
     neighbours = np.arange(len(slices))[:, None] + np.arange(-reach, reach + 1)
     return slices[np.clip(neighbours, 0, len(slices) - 1)].transpose(0, 2, 3, 1)
+
+
+def slice_at(volume: Array, plane: Plane, index: Array | int, channels: int = 1) -> Array:
+    """Return one of the slices of `slices_of`, `(height, width, channels)`, without cutting the others.
+
+    Args:
+        volume: `(z, y, x)`.
+        plane: the plane in which it lies.
+        index: its place, which may be traced: a loop over slices then holds one of them at a time.
+        channels: 1, or 5 for its neighbours as well.
+
+    Raises:
+        ValueError: as `slices_of` does.
+    """
+    axis = plane_axes(plane)[0]
+    reach = _check(volume, channels) // 2
+    slab = volume.take(index + np.arange(-reach, reach + 1), axis=axis, mode="clip")
+    # What is left of (z, y, x) without the slice's axis are its rows and columns, in this order.
+    return slab.transpose(*(other for other in range(3) if other != axis), axis)
 
 
 def volume_from(slices: Array, plane: Plane) -> Array:
@@ -55,7 +81,7 @@ def volume_from(slices: Array, plane: Plane) -> Array:
     Raises:
         ValueError: if slices have neither three nor four axes, or the plane is not among the choices.
     """
-    axes = _axes(plane)
+    axes = plane_axes(plane)
     if slices.ndim == 4:
         slices = slices[..., slices.shape[-1] // 2]
     if slices.ndim != 3:
@@ -83,14 +109,24 @@ def fuse(probabilities: Array, *, rule: Rule = "mean", weights: np.ndarray | Non
             raise ValueError("rule 'learned' needs a weight per plane and a bias; fit them with fit_fusion")
         *slopes, bias = (float(weight) for weight in weights)
         scores = sum(slope * plane for slope, plane in zip(slopes, probabilities, strict=True)) + bias
-        return 1 / (1 + probabilities.__array_namespace__().exp(-scores))
+        # The logistic function by way of tanh, which does not overflow.
+        return (1 + probabilities.__array_namespace__().tanh(scores / 2)) / 2
     if weights is not None:
         raise ValueError(f"weights have no meaning for rule {rule!r}; leave them out")
     if rule == "max":
         return probabilities.max(axis=0)
     if rule == "min":
         return probabilities.min(axis=0)
-    raise ValueError(f"rule {rule!r}: expected one of {', '.join(_THRESHOLDS)}")
+    raise ValueError(f"rule {rule!r}: expected one of {', '.join(_RULES)}")
+
+
+def default_threshold(rule: Rule, planes: int) -> float:
+    """Return the fused probability above which a voxel is marked where none is given.
+
+    For "mean" it is 2/3 of three planes: Zhou et al. 2020 ask for a sum above 2, so that two sure planes need the
+    third. The same of fewer planes, and every other rule, is 1/2.
+    """
+    return max(0.5, (planes - 1) / planes) if rule == "mean" else 0.5
 
 
 def fused_mask(
@@ -102,15 +138,15 @@ def fused_mask(
 ) -> Array:
     """Return where `(planes, z, y, x)` probabilities fuse to more than a threshold, as `(z, y, x)` bool.
 
-    Without a threshold it is 2/3 for "mean" (Zhou et al. 2020: a sum above 2) and 1/2 for the other rules.
+    Without a threshold it is that of `default_threshold`.
 
     Raises:
         ValueError: as `fuse` does.
     """
     if threshold is None:
-        threshold = _THRESHOLDS.get(rule, 0.5)
+        threshold = default_threshold(rule, len(probabilities))
     if rule == "mean":
-        # Compared as sums: two planes of three are a sum of exactly 2, while their float32 mean exceeds 2/3.
+        # Compared as sums: two sure planes of three are a sum of exactly 2, while a rounded mean may exceed 2/3.
         score, total = _weighted_sum(probabilities, weights)
         return score > threshold * total
     return fuse(probabilities, rule=rule, weights=weights) > threshold
@@ -168,7 +204,9 @@ def _weighted_sum(probabilities: Array, weights: np.ndarray | None) -> tuple[Arr
     return sum(factor * plane for factor, plane in zip(factors, probabilities, strict=True)), sum(factors)
 
 
-def _axes(plane: Plane) -> tuple[int, int, int]:
-    if plane not in _AXES:
-        raise ValueError(f"plane {plane!r}: expected one of {', '.join(_AXES)}")
-    return _AXES[plane]
+def _check(volume: Array, channels: int) -> int:
+    if volume.ndim != 3:
+        raise ValueError(f"volume {volume.shape}: expected three axes (z, y, x)")
+    if channels not in (1, 5):
+        raise ValueError(f"channels {channels}: expected 1 or 5")
+    return channels

@@ -19,6 +19,9 @@ _RECONSTRUCTED_ROWS = 8
 class SegCapsConfig(Settings):
     """Size and routing of a SegCaps network; the defaults are the published R3."""
 
+    name: Literal["segcaps"] = "segcaps"
+    """The network."""
+
     width: Annotated[float, Field(gt=0)] = 1.0
     """Factor on every capsule dimension and on the channels of the first and the reconstruction layers."""
 
@@ -33,6 +36,10 @@ class SegCapsConfig(Settings):
 
     reconstruction: bool = True
     """Whether the network also reconstructs the segmented part of the image, as a regulariser."""
+
+    weights: str = ""
+    """File of weights that the authors' code has saved (`.hdf5`), to start from; empty to start from random ones. They
+    have seen other intensities than the window's, so they are a beginning and no result."""
 
     @classmethod
     def r3(cls) -> "SegCapsConfig":

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from capsfl.models.planes import PLANES, fit_fusion, fuse, fused_mask, slices_of, volume_from
+from capsfl.models.planes import (
+    PLANES,
+    default_threshold,
+    fit_fusion,
+    fuse,
+    fused_mask,
+    slice_at,
+    slices_of,
+    volume_from,
+)
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
 
@@ -41,6 +50,22 @@ def test_neighbours_stand_around_their_slice_and_repeat_at_the_border():
     np.testing.assert_array_equal(slices[5, 0, 1], [3, 4, 5, 5, 5])
 
 
+@settings(max_examples=40, deadline=None)
+@given(shape=SHAPES, plane=st.sampled_from(PLANES), channels=st.sampled_from([1, 5]))
+def test_one_slice_is_that_of_all(shape, plane, channels):
+    volume = np.arange(np.prod(shape)).reshape(shape)
+    for index, expected in enumerate(slices_of(volume, plane, channels)):
+        np.testing.assert_array_equal(slice_at(volume, plane, index, channels), expected)
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_slices_taken_in_a_loop_are_those_cut_at_once(plane):
+    volume = np.random.default_rng(1).uniform(size=(3, 4, 5)).astype(np.float32)
+    cut = slices_of(volume, plane, 5)
+    looped = jax.jit(lambda v: jax.lax.map(lambda i: slice_at(v, plane, i, 5), jnp.arange(len(cut))))(volume)
+    np.testing.assert_array_equal(looped, cut)
+
+
 @pytest.mark.parametrize("plane", PLANES)
 def test_slicing_and_fusing_work_inside_a_jitted_function(plane):
     volume = np.random.default_rng(0).uniform(size=(3, 4, 5)).astype(np.float32)
@@ -68,6 +93,23 @@ def test_two_sure_planes_of_three_are_not_more_than_two(array):
     assert not fused_mask(two).item()
     assert fused_mask(two, threshold=0.5).item()
     assert fused_mask(array(np.array([1, 1, 0.001], np.float32).reshape(3, 1, 1, 1))).item()
+
+
+def test_thresholds_ask_for_agreement_as_the_rule_means_it():
+    assert default_threshold("mean", 3) == pytest.approx(2 / 3)
+    assert [default_threshold("mean", planes) for planes in (1, 2)] == [0.5, 0.5]
+    assert [default_threshold(rule, 3) for rule in ("max", "min", "learned")] == [0.5] * 3
+    two = np.array([0.9, 0.05]).reshape(2, 1, 1, 1)
+    assert not fused_mask(two).item()
+    assert fused_mask(two + 0.1).item()
+    weighted = np.array([0.9, 0.1, 0.1]).reshape(3, 1, 1, 1)
+    assert fused_mask(weighted, weights=np.array([4.0, 1.0, 1.0]), threshold=0.6).item()
+
+
+def test_the_learned_rule_does_not_overflow():
+    far = np.array([-1.0, 1.0], np.float32).reshape(1, 2, 1, 1)
+    fused = fuse(far, rule="learned", weights=np.array([1e4, 0.0]))
+    np.testing.assert_array_equal(fused.ravel(), [0, 1])
 
 
 def test_other_rules_mark_from_one_half():
