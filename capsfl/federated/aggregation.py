@@ -30,6 +30,12 @@ class AggregationConfig(Settings):
     """Updates that `multi_krum` averages."""
     gamma: float = Field(default=1.0, ge=0)
     """Weight that `mae_votes` gives a model's own error against the mean error of all (Eq 18)."""
+    margin: float | None = Field(default=None, ge=0, le=1)
+    """How far above the median model's error `mae_votes` lets a model lie before it is out-voted; any when absent."""
+    vote_decimals: int = Field(default=4, ge=1, le=4)
+    """Decimals of a vote of `mae_votes`: the fewer, the less it tells of the voter's records."""
+    self_report: bool = False
+    """Whether hospitals also vote on their own models, as the paper has it: a liar reports 0."""
     secure: bool = False
     """Adds up masked words, so that the server learns the sum and no single update (simulated); `mean` only."""
     secure_bits: int = Field(default=32, ge=2, le=32)
@@ -59,6 +65,9 @@ _USED_BY: Mapping[str, tuple[str, ...]] = {
     "byzantine": ("krum", "multi_krum", "mae_votes"),
     "selected": ("multi_krum",),
     "gamma": ("mae_votes",),
+    "margin": ("mae_votes",),
+    "vote_decimals": ("mae_votes",),
+    "self_report": ("mae_votes",),
 }
 
 
@@ -123,7 +132,14 @@ def make_voting_rule(config: AggregationConfig, plan: PrivacyPlan, task: Task) -
         check_votes(config.byzantine, plan.num_slots)
     except PrivacyError as error:
         raise error.under("aggregation") from None
-    return VotingRule(task.absolute_error, byzantine=config.byzantine, gamma=config.gamma)
+    return VotingRule(
+        task.absolute_error,
+        byzantine=config.byzantine,
+        gamma=config.gamma,
+        margin=config.margin,
+        steps=10**config.vote_decimals,
+        self_report=config.self_report,
+    )
 
 
 def make_secure_sum(

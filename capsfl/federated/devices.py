@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pydantic import Field
 
 from capsfl.federated.aggregation import Rule
+from capsfl.federated.batch_norm import BatchNormRule
 from capsfl.federated.local import LocalResult
 from capsfl.federated.round import CohortRecords, RoundMetrics, RoundState, Setting, make_round
 from capsfl.federated.secure import SecureSum
@@ -63,6 +64,8 @@ class CohortProgram:
         secure: adds up masked words instead of updates.
         voting: weighs the stacked updates by the cohort's votes.
         dropout: the chance that a hospital's update never arrives.
+        keep_updates: hands the clipped updates over one by one.
+        batch_norm: what becomes of running statistics.
 
     Raises:
         ProcessesError: several processes, and a layout for one.
@@ -81,6 +84,8 @@ class CohortProgram:
         secure: SecureSum | None = None,
         voting: VotingRule | None = None,
         dropout: float = 0.0,
+        keep_updates: bool = False,
+        batch_norm: BatchNormRule | None = None,
     ) -> None:
         self._parallel = config.parallel
         self._several = jax.process_count() > 1
@@ -104,7 +109,7 @@ class CohortProgram:
         layout: Any = RoundMetrics
         body = make_round(
             local_update, server_optimizer, plan, chunk=chunk, axis_name=axis, rule=rule, spread=spread, secure=secure,
-            voting=voting, dropout=dropout,
+            voting=voting, dropout=dropout, keep_updates=keep_updates, batch_norm=batch_norm,
         )  # fmt: skip
         if config.parallel == "single":
             self._run = jax.jit(body)
@@ -113,7 +118,7 @@ class CohortProgram:
                 body,
                 axis_name=AXIS,
                 in_axes=(None, 0, None, None),
-                out_axes=(None, layout(0, None, None, None)),
+                out_axes=(None, layout(0, None, None, None, 0)),
                 devices=self._devices,
             )
         else:
@@ -123,7 +128,7 @@ class CohortProgram:
                     jax.shard_map,
                     mesh=self._mesh,
                     in_specs=(whole, split, whole, whole),
-                    out_specs=(whole, layout(split, whole, whole, whole)),
+                    out_specs=(whole, layout(split, whole, whole, whole, split)),
                     # The loop over a hospital's steps starts from replicated weights and ends in its own.
                     check_vma=False,
                 )(body)
@@ -179,10 +184,13 @@ class CohortProgram:
         return self._run(state, cohort, setting, key)
 
     def collect(self, metrics: RoundMetrics) -> RoundMetrics:
-        """Waits for the slots' metrics and brings them `(num_slots,)` to the host."""
+        """Waits for the slots' metrics and brings them `(num_slots,)` to the host; updates stay on the devices."""
         gathered = process_allgather(metrics.slots, tiled=True) if self._several else metrics.slots
         slots: Any = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1), gathered)
-        return metrics._replace(slots=slots)
+        updates = process_allgather(metrics.updates, tiled=True) if self._several else metrics.updates
+        if self._parallel == "pmap":
+            updates = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), updates)
+        return metrics._replace(slots=slots, updates=updates)
 
     def _spread(self, tree: Any, spec: PartitionSpec) -> Any:
         """Puts a tree on the mesh; of several processes each gives its own devices' part, and has to hold no more."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from capsfl.federated.batch_norm import check_portable
 from capsfl.federated.devices import DevicesConfig
 from capsfl.federated.federation import Federation, RoundReport, RoundsConfig
 from capsfl.federated.hospitals import Hospitals, HospitalSource, stack_hospitals
@@ -66,6 +67,7 @@ def federate(
             the field.
     """
     task = make_task("model", model, loss)
+    check_portable(task, rounds.batch_norm, privacy, rounds.aggregation)
     hospitals = stack_hospitals(records) if isinstance(records, Mapping) else records
     if privacy.unit == "patient" and isinstance(hospitals, Hospitals):
         hospitals = number_patients(hospitals)

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from pydantic import Field
 
 from capsfl.federated import diagnostics
 from capsfl.federated.aggregation import AggregationConfig, make_rule, make_secure_sum, make_voting_rule
+from capsfl.federated.batch_norm import make_batch_norm, own_statistics, start_statistics, starting_weights
 from capsfl.federated.chunks import Choice, CompiledRound, choose_chunk, unmeasured_choice
 from capsfl.federated.devices import CohortProgram, DevicesConfig, on_one_device
 from capsfl.federated.hospitals import Hospitals, HospitalSource
@@ -24,8 +25,9 @@ from capsfl.federated.round import CohortRecords, Controls, RoundMetrics, RoundS
 from capsfl.federated.scoring import score_hospitals
 from capsfl.federated.server import ServerConfig, make_server_optimizer
 from capsfl.federated.stored import StoredHospitals
+from capsfl.federated.updates import CohortUpdates
 from capsfl.federated.votes import Votes
-from capsfl.learning.tasks import Task
+from capsfl.learning.tasks import Task, trainable
 from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan
 from capsfl.privacy.secret import fingerprint_key, root_key
@@ -45,6 +47,9 @@ class RoundsConfig(Settings):
     """How the cohort's updates are combined."""
     scaffold: bool = False
     """Corrects client drift by control variates (SCAFFOLD), kept for every hospital; without noise only."""
+    batch_norm: Literal["average", "local"] = "average"
+    """Running statistics of batch normalisation: averaged over the cohort as the weights are, which noise forbids, or
+    every hospital's own. Without effect on a model that has none."""
     diagnostics: bool = False
     """Logs per layer how far updates spread (Eq 9-11), un-noised, at the price of two more copies of the model."""
 
@@ -64,6 +69,7 @@ class RoundReport:
         clip_norm: S of the round: configured, or where it follows the hospitals, what it had become.
         votes: under `mae_votes`, the mean absolute error that each member (outer name) found in another's model.
         vote_weights: the share of each member's model in the mean that the votes gave it.
+        updates: what each member handed over; None unless the federation keeps it.
         spread: per layer V_c as sum and as mean, and U_s (Eq 10 and 11), where asked for.
     """
 
@@ -78,6 +84,7 @@ class RoundReport:
     dropped: tuple[str, ...] = ()
     votes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     vote_weights: Mapping[str, float] = field(default_factory=dict)
+    updates: CohortUpdates | None = None
 
 
 class _Draw(NamedTuple):
@@ -141,6 +148,7 @@ class Federation:
         secret: of the run, drawn from in the seed's place under privacy.noise_key "secret".
         stream: name of the run, so that runs of one seed draw independently; tasks of a run do so by their names.
         plan: of the whole run, where it has other tasks too; that of this task alone when absent.
+        keep_updates: whether reports hold what each hospital handed over, at the price of a model for every slot.
     """
 
     def __init__(
@@ -155,6 +163,7 @@ class Federation:
         stream: str = "",
         secret: bytes | None = None,
         plan: PrivacyPlan | None = None,
+        keep_updates: bool = False,
     ) -> None:
         self.task = task
         self.hospitals = hospitals
@@ -182,18 +191,26 @@ class Federation:
         self._server_optimizer = functools.partial(make_server_optimizer, config.server)
         self._config = config
         self._devices = devices
+        local_update = local_update_of(task, config.local, self.plan)
+        self._batch_norm = make_batch_norm(config.batch_norm, task, self.plan, config.aggregation)
         self._make_program = functools.partial(
             CohortProgram,
-            local_update_of(task, config.local, self.plan),
+            local_update,
             self._server_optimizer,
             self.plan,
             rule=make_rule(config.aggregation, self.plan),
             spread=config.diagnostics,
             secure=make_secure_sum(
-                config.aggregation, self.plan, task.parameters, scaffold=config.scaffold, diagnostics=config.diagnostics
+                config.aggregation,
+                self.plan,
+                trainable(task.parameters),
+                scaffold=config.scaffold,
+                diagnostics=config.diagnostics,
             ),
             voting=make_voting_rule(config.aggregation, self.plan, task),
             dropout=config.aggregation.dropout,
+            keep_updates=keep_updates,
+            batch_norm=self._batch_norm,
         )
         self._program = self._make_program(config=devices)
         self._choice = unmeasured_choice(self._program, given=devices.chunk is not None)
@@ -218,15 +235,17 @@ class Federation:
         """Returns the state before the first round."""
         # Through NumPy, since a weakly typed weight would have the second round compiled again.
         parameters = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), self.task.parameters)
-        server = self._server_optimizer(self._setting.server_rate).init(parameters)
+        weights = trainable(parameters)
+        server = self._server_optimizer(self._setting.server_rate).init(weights)
         controls = None
         if self._config.scaffold:
-            zeros = jax.tree.map(jnp.zeros_like, parameters)
+            zeros = jax.tree.map(jnp.zeros_like, weights)
             number = len(self.hospitals)
             controls = Controls(zeros, jax.tree.map(lambda leaf: jnp.zeros((number, *leaf.shape), leaf.dtype), zeros))
         clip_norm = self._setting.clip_norm if self.plan.config.clipping == "quantile" else None
-        noise = None if self.plan.correlated is None else self.plan.correlated.init(parameters)
-        return self.place(RoundState(parameters, server, jnp.int32(0), controls, clip_norm, noise))
+        noise = None if self.plan.correlated is None else self.plan.correlated.init(weights)
+        statistics = start_statistics(self._batch_norm, parameters, len(self.hospitals))
+        return self.place(RoundState(parameters, server, jnp.int32(0), controls, clip_norm, noise, statistics))
 
     def place(self, state: RoundState) -> RoundState:
         """Puts a state, new or restored, on the devices."""
@@ -271,6 +290,9 @@ class Federation:
             clip_norm=float(metrics.clip_norm) if self.plan.patients is None else self.plan.config.clip_norm,
             spread={} if metrics.spread is None else _layers(metrics.spread),
             dropped=tuple(names[slot] for slot in present if not slots.arrived[slot]),
+            updates=None
+            if metrics.updates is None
+            else CohortUpdates(metrics.updates, {names[slot]: int(layout.positions[slot]) for slot in present}),
             **_named_votes(metrics.votes, layout.positions, names),
         )
 
@@ -299,9 +321,39 @@ class Federation:
         self._placed = (layout.name, best.cohort)
         return *outcome, layout
 
-    def evaluate(self, parameters: Any, hospitals: Hospitals, *, batch_size: int = 16) -> dict[str, dict[str, float]]:
-        """Scores weights on held-out records: `{hospital: {score: value}}`, undefined scores left out."""
-        scores = self._evaluate(on_one_device(parameters), hospitals.records, hospitals.counts, batch_size=batch_size)
+    def weights_of(self, state: RoundState, hospital: str) -> Any:
+        """Returns the weights that a hospital works with: the server's, with its own statistics where it has some.
+
+        A hospital that has not taken part has none, and takes the server's copy.
+        """
+        names = list(self.hospitals.names)
+        if state.statistics is None or hospital not in names:
+            return state.parameters
+        return starting_weights(state.parameters, state.statistics, names.index(hospital))
+
+    def evaluate(self, weights: Any, hospitals: Hospitals, *, batch_size: int = 16) -> dict[str, dict[str, float]]:
+        """Scores weights, or the state of a round, on held-out records.
+
+        Args:
+            weights: of the model; or a state, whose hospitals are each scored by `weights_of`.
+            hospitals: the records.
+            batch_size: records of one forward pass.
+
+        Returns:
+            `{hospital: {score: value}}`, undefined scores left out.
+        """
+        parameters, statistics = weights, None
+        if isinstance(weights, RoundState):
+            parameters = weights.parameters
+            known, own = self.hospitals.names, on_one_device(weights.statistics)
+            statistics = own_statistics(on_one_device(parameters), own, known, hospitals.names)
+        scores = self._evaluate(
+            on_one_device(parameters),
+            hospitals.records,
+            hospitals.counts,
+            batch_size=batch_size,
+            statistics=statistics,
+        )
         result: dict[str, dict[str, float]] = {name: {} for name in hospitals.names}
         for score, (numerator, denominator) in scores.items():
             for name, top, bottom in zip(hospitals.names, np.asarray(numerator), np.asarray(denominator), strict=True):

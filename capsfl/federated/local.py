@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 from pydantic import Field
 
-from capsfl.learning.tasks import Task
+from capsfl.learning.tasks import BatchNormWeights, Task, augmented, record_keys, trainable, with_trainable
 from capsfl.settings import Settings
+
+_AUGMENTATION = 0x41554747
 
 
 class LocalConfig(Settings):
@@ -33,14 +35,22 @@ class LocalResult(NamedTuple):
     """The outcome of one hospital's round.
 
     Attributes:
-        update: pytree like the parameters: local weights minus the server's.
+        update: pytree like the trainable weights: local ones minus the server's.
         loss: scalar, mean training loss over the local steps; 0 for a hospital without records.
         steps: scalar int32, how many local steps were taken.
+        statistics: the running statistics of batch normalisation after them; None of a model without.
     """
 
     update: Any
     loss: jax.Array
     steps: jax.Array
+    statistics: Any = None
+
+
+def augmentation_key(key: jax.Array, step: jax.Array) -> jax.Array:
+    """The key of a local step's augmentation, out of the hospital's key of the round."""
+    # Orders of records and private steps are drawn from small numbers.
+    return jax.random.fold_in(jax.random.fold_in(key, _AUGMENTATION), step)
 
 
 def make_optimizer(config: LocalConfig, learning_rate: float | jax.Array | None = None) -> optax.GradientTransformation:
@@ -57,13 +67,15 @@ def make_local_update(task: Task, config: LocalConfig) -> Callable[..., LocalRes
     """Builds the function one hospital runs in a round; it is vmapped over hospitals.
 
     A hospital of n records takes `epochs * ceil(n / batch_size)` steps over a fresh permutation per epoch; the
-    last batch of an epoch is filled from its beginning, so every batch is full and no padded row is read.
+    last batch of an epoch is filled from its beginning, so every batch is full and no padded row is read. A task that
+    augments changes every record of every step by a key of its own, folded from the hospital's key of the round, the
+    step and the record.
 
     Returns:
         `(parameters, records, count, *, key, learning_rate, drift) -> LocalResult`. `learning_rate` may be traced;
         `drift`, a pytree like the parameters or None, is added to every gradient (the c - c_h of SCAFFOLD).
     """
-    gradient = jax.value_and_grad(task.loss)
+    gradient = _make_gradient(task)
 
     def local_update(
         parameters: Any,
@@ -88,17 +100,39 @@ def make_local_update(task: Task, config: LocalConfig) -> Callable[..., LocalRes
                 draw = jax.random.uniform(jax.random.fold_in(key, epoch), (capacity,))
                 slots = jnp.argsort(jnp.where(jnp.arange(capacity) < count, draw, jnp.inf))[slots]
             batch = jax.tree.map(lambda leaf: leaf[slots], records)
-            loss, grads = gradient(weights, batch)
+            if task.augment is not None:
+                batch = augmented(task.augment, batch, record_keys(augmentation_key(key, index), slots))
+            loss, grads, weights = gradient(weights, batch)
+            moved = trainable(weights)
             if config.proximal:
-                grads = jax.tree.map(lambda g, w, w_t: g + config.proximal * (w - w_t), grads, weights, parameters)
+                grads = jax.tree.map(lambda g, w, w_t: g + config.proximal * (w - w_t), grads, moved, origin)
             if drift is not None:
                 grads = jax.tree.map(jnp.add, grads, drift)
-            updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
-            return optax.apply_updates(weights, updates), optimizer_state, total + loss
+            updates, optimizer_state = optimizer.update(grads, optimizer_state, moved)
+            return with_trainable(weights, optax.apply_updates(moved, updates)), optimizer_state, total + loss
 
-        start = (parameters, optimizer.init(parameters), jnp.zeros(()))
+        origin = trainable(parameters)
+        start = (parameters, optimizer.init(origin), jnp.zeros(()))
         weights, _, total = jax.lax.fori_loop(0, steps, step, start)
-        update = jax.tree.map(jnp.subtract, weights, parameters)
-        return LocalResult(update, total / jnp.maximum(steps, 1), steps)
+        update = jax.tree.map(jnp.subtract, trainable(weights), origin)
+        statistics = weights.statistics if isinstance(weights, BatchNormWeights) else None
+        return LocalResult(update, total / jnp.maximum(steps, 1), steps, statistics)
 
     return local_update
+
+
+def _make_gradient(task: Task) -> Callable[[Any, Any], tuple[jax.Array, Any, Any]]:
+    """Builds `(weights, batch) -> (loss, gradient of the trainable part, weights with the statistics after it)`."""
+    gathering = task.loss_and_statistics
+    if gathering is None:
+        plain = jax.value_and_grad(task.loss)
+        return lambda weights, batch: (*plain(weights, batch), weights)
+
+    def gradient(weights: BatchNormWeights, batch: Any) -> tuple[jax.Array, Any, Any]:
+        def loss(moved: Any) -> tuple[jax.Array, Any]:
+            return gathering(weights._replace(trainable=moved), batch)
+
+        (value, statistics), grads = jax.value_and_grad(loss, has_aux=True)(weights.trainable)
+        return value, grads, weights._replace(statistics=statistics)
+
+    return gradient

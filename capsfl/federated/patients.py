@@ -1,5 +1,8 @@
 """Patients inside stacked hospitals: which record is whose, and the privacy plan of one task over them."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -11,6 +14,28 @@ from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan
 
 PATIENT = "patient"
 """The leaf of records that holds the number of each record's patient, `(hospitals, records)` int32."""
+
+
+def records_by_hospital(
+    patients: Iterable[Any], records_of: Callable[[Any], dict[str, np.ndarray]], *, numbered: bool = False
+) -> dict[str, Any]:
+    """Concatenates the records of every hospital's patients: `{hospital: pytree of (records, ...)}`.
+
+    Args:
+        patients: each with the name of its `hospital`, and where numbered with `whose` it is, equal for the scans of
+            one person.
+        records_of: the records of one patient.
+        numbered: whether to add the leaf "patient", which tells people apart, across hospitals too.
+    """
+    found: dict[str, list[dict[str, np.ndarray]]] = {}
+    numbers: dict[Any, int] = {}
+    for patient in patients:
+        records = records_of(patient)
+        if numbered:
+            number = numbers.setdefault(patient.whose, len(numbers))
+            records[PATIENT] = np.full(len(jax.tree.leaves(records)[0]), number, np.int32)
+        found.setdefault(patient.hospital, []).append(records)
+    return {name: jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows) for name, rows in sorted(found.items())}
 
 
 def number_patients(hospitals: Hospitals) -> Hospitals:

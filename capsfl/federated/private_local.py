@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from capsfl.federated.local import LocalConfig, LocalResult, make_local_update, make_optimizer
-from capsfl.learning.tasks import Task
+from capsfl.federated.local import LocalConfig, LocalResult, augmentation_key, make_local_update, make_optimizer
+from capsfl.learning.tasks import Task, augmented, record_keys
 from capsfl.privacy.mechanisms import add_gaussian
 from capsfl.privacy.patient_plan import PatientPlan
 from capsfl.privacy.patients import clipped_patient_sum, steps_in_epoch
@@ -22,6 +22,11 @@ def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan
     A hospital of N patients takes `epochs * ceil(N / m)` steps. In each, every patient is drawn with
     probability m/N; the gradients of their mean losses are clipped to S and summed, N(0, z^2 S^2 I) is added, and
     the sum is divided by the expected m. The optimizer only sees that.
+
+    A task that augments changes each record by a key of its own before its gradient is taken, so before the clipping:
+    what a patient adds depends on its own records and on draws that know no data, and S bounds it as before. The draws
+    of the others do depend on their places in the hospital; they are as secret as the sampling and the noise, which
+    come from the same key.
 
     Guarantee: `plan.epsilon(hospital, rounds)`, patient-level, of the returned update, whatever the server then does
     with it. The loss is not private: for the hospital's own log.
@@ -37,8 +42,14 @@ def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan
         "patient" `(records,)`, numbering the hospital's patients from 0 without gaps, next to the data.
 
     Raises:
-        ValueError: the plan accounts for another number of epochs; or, when called, the patients are missing.
+        ValueError: the plan accounts for another number of epochs; the model has batch normalisation, by which a
+            patient's gradient depends on the others of its batch; or, when called, the patients are missing.
     """
+    if task.loss_and_statistics is not None:
+        raise ValueError(
+            f'privacy.unit = "patient": the model of {task.name} has batch normalisation, which ties the patients of a '
+            'batch to each other, so no clipping bounds one of them; choose norm = "group"'
+        )
     epochs, truncation = plan.epochs(task.name), plan.truncation(task.name)
     if epochs != config.epochs:
         raise ValueError(
@@ -51,7 +62,8 @@ def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan
         def alone(record: Any) -> jax.Array:
             return task.loss(weights, jax.tree.map(lambda leaf: leaf[None], record))
 
-        return jnp.dot(share, jax.vmap(alone)(batch))
+        data, keys = batch
+        return jnp.dot(share, jax.vmap(alone)(augmented(task.augment, data, keys)))
 
     gradient = jax.value_and_grad(weighted_loss)
 
@@ -85,7 +97,10 @@ def make_private_local_update(task: Task, config: LocalConfig, plan: PatientPlan
                 expected=expected,
                 truncation=truncation,
             )
-            summed = clipped_patient_sum(gradient, weights, data, patient, drawn, clip_norm=privacy.clip_norm)
+            keys = None
+            if task.augment is not None:
+                keys = record_keys(augmentation_key(key, index), jnp.arange(capacity))
+            summed = clipped_patient_sum(gradient, weights, (data, keys), patient, drawn, clip_norm=privacy.clip_norm)
             noisy = add_gaussian(
                 summed.total,
                 key=jax.random.fold_in(step_key, 1),

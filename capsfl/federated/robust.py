@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from capsfl.learning.tasks import trainable
 from capsfl.privacy.events import PrivacyError
 
 
@@ -87,7 +88,9 @@ def krum(updates: Any, mask: jax.Array, *, byzantine: int, selected: int = 1) ->
     # Centring on the median avoids cancellation in |a|² + |b|² - 2ab when updates share a large part.
     median = coordinate_median(updates, mask)
     centred = _clear(jax.tree.map(lambda leaf, middle: leaf - middle[None], updates, median), mask)
-    flat = jnp.concatenate([leaf.reshape(slots, -1).astype(jnp.float32) for leaf in jax.tree.leaves(centred)], 1)
+    # By the updates alone: no clip norm bounds the running statistics that may come with them.
+    leaves = jax.tree.leaves(trainable(centred))
+    flat = jnp.concatenate([leaf.reshape(slots, -1).astype(jnp.float32) for leaf in leaves], 1)
     # Scaling keeps the squares finite; the order of the scores does not depend on it.
     largest = jnp.max(jnp.abs(flat))
     flat = flat / jnp.where(largest > 0, largest, 1)

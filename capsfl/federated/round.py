@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from capsfl.federated import diagnostics
 from capsfl.federated.aggregation import Rule
+from capsfl.federated.batch_norm import BatchNormRule, hand_over, mean_change, starting_weights, store_own
 from capsfl.federated.local import LocalResult
 from capsfl.federated.secure import SecureSum, draw_roster
 from capsfl.federated.state import CohortRecords as CohortRecords
@@ -27,6 +28,7 @@ from capsfl.federated.state import RoundState as RoundState
 from capsfl.federated.state import Setting as Setting
 from capsfl.federated.state import SlotMetrics as SlotMetrics
 from capsfl.federated.votes import VotingRule, cast_votes, combine_by_votes
+from capsfl.learning.tasks import BatchNormWeights, trainable, with_trainable
 from capsfl.privacy.adaptive import centred_bit, median_norm, quantile_update, update_multiplier
 from capsfl.privacy.clipping import clip_by_global_norm
 from capsfl.privacy.laplace import release_laplace
@@ -42,6 +44,7 @@ class _Outcome(NamedTuple):
     raw: Any
     control: Any
     bit: jax.Array | None
+    statistics: Any
 
 
 def make_round(
@@ -56,6 +59,8 @@ def make_round(
     secure: SecureSum | None = None,
     voting: VotingRule | None = None,
     dropout: float = 0.0,
+    keep_updates: bool = False,
+    batch_norm: BatchNormRule | None = None,
 ) -> Callable[..., tuple[RoundState, RoundMetrics]]:
     """Builds the body of a round.
 
@@ -71,6 +76,8 @@ def make_round(
         secure: adds up masked words instead of updates; only without `rule` and `voting`.
         voting: weighs the stacked clipped updates by the cohort's votes on them, instead of `rule`.
         dropout: the chance that a hospital trains and then is not heard of.
+        keep_updates: hands the clipped updates over one by one, whose memory then grows with the cohort.
+        batch_norm: what becomes of running statistics; None for a model without.
 
     Returns:
         `(state, cohort, setting, key) -> (state, metrics)`. `key` is the round's key, the same on every device:
@@ -81,7 +88,8 @@ def make_round(
     quantile, median = privacy.clipping == "quantile", privacy.clipping == "median"
     # A median of norms is known only when everybody has trained.
     stacked = rule is not None or voting is not None or median
-    assert not (stacked and secure), "a rule over single updates cannot see masked ones"
+    shared = batch_norm is not None and batch_norm.shared
+    assert not ((stacked or keep_updates) and secure), "a rule over single updates cannot see masked ones"
 
     def contribute(update: Any, bound: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
         """What a hospital adds to the sum, and its L2 norm before clipping."""
@@ -112,7 +120,7 @@ def make_round(
                 drift = jax.tree.map(jnp.subtract, state.controls.server, own)
             with jax.named_scope("local_training"):
                 result = local_update(
-                    state.parameters,
+                    starting_weights(state.parameters, state.statistics, hospital),
                     records,
                     count,
                     key=jax.random.fold_in(local_key, hospital),
@@ -121,6 +129,8 @@ def make_round(
                 )
             release_key = jax.random.fold_in(jax.random.fold_in(key, 3), hospital)
             contribution, norm = contribute(result.update, bound, release_key)
+            if shared:
+                contribution, norm = hand_over(contribution, norm, result.statistics, state.parameters.statistics)
             bit = jnp.where(arrived, centred_bit(norm, bound), 0) if quantile else None
             if secure is not None and roster is not None:
                 steps = secure.quantise(ravel_pytree(contribution)[0], bound)
@@ -138,8 +148,14 @@ def make_round(
                 control = jax.tree.map(
                     lambda c_h, d, u: jnp.where(usable, -d - pace * u, c_h), own, drift, result.update
                 )
+            statistics = None
+            if state.statistics is not None:
+                before = jax.tree.map(lambda leaf: leaf[hospital], state.statistics)
+                kept = arrived & jnp.isfinite(norm)
+                statistics = jax.tree.map(lambda new, old: jnp.where(kept, new, old), result.statistics, before)
             metrics = SlotMetrics(result.loss, norm, arrived)
-            return _Outcome(contribution, metrics, result.update if spread else None, control, bit)
+            raw = result.update if spread else None
+            return _Outcome(contribution, metrics, raw, control, bit, statistics)
 
         def add_chunk(carry: tuple[Any, Any], part: tuple[Any, ...]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
             total, moments = carry
@@ -154,22 +170,25 @@ def make_round(
                 moments = diagnostics.merge_spread(moments, diagnostics.measure_spread(outcome.raw, usable))
             if not stacked:
                 total = jax.tree.map(lambda t, c: t + c.sum(0), total, outcome.contribution)
-            stack = outcome.contribution if stacked else None
-            return (total, moments), (outcome.metrics, stack, outcome.control, outcome.bit)
+            stack = outcome.contribution if stacked or keep_updates else None
+            return (total, moments), (outcome.metrics, stack, outcome.control, outcome.bit, outcome.statistics)
 
         chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:]), (*cohort, arrivals))
-        zero = None if stacked else jax.tree.map(jnp.zeros_like, state.parameters)
+        weights = trainable(state.parameters)
+        handed_over = state.parameters if shared else weights
+        zero = None if stacked else jax.tree.map(jnp.zeros_like, handed_over)
         if secure is not None:
             zero = jnp.zeros(secure.dimension + quantile, jnp.uint32)
-        start = (zero, diagnostics.start_spread(state.parameters) if spread else None)
+        start = (zero, diagnostics.start_spread(weights) if spread else None)
         (total, moments), outcomes = jax.lax.scan(add_chunk, start, chunks)
-        metrics, stack, controls, bits = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outcomes)
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outcomes)
+        metrics, stack, controls, bits, statistics = flat
         if axis_name is not None and spread:
             everywhere = jax.lax.all_gather(moments, axis_name)
             devices = everywhere.count.shape[0]
             parts = [jax.tree.map(lambda leaf, device=d: leaf[device], everywhere) for d in range(devices)]
             moments = functools.reduce(diagnostics.merge_spread, parts)
-        votes = None
+        votes, kept = None, stack if keep_updates else None
         if stacked:
             stack, counts, norms, arrived = _gather(
                 (stack, cohort.counts, metrics.update_norm, metrics.arrived), axis_name
@@ -178,7 +197,8 @@ def make_round(
             usable = arrived if privacy.local_epsilon is not None else arrived & jnp.isfinite(norms)
             if median:
                 bound = median_norm(norms, usable, otherwise=setting.clip_norm)
-                stack, _ = jax.vmap(clip_by_global_norm, in_axes=(0, None))(stack, bound)
+                clipped, _ = jax.vmap(clip_by_global_norm, in_axes=(0, None))(trainable(stack), bound)
+                stack = with_trainable(stack, clipped)
             mean = rule(stack, counts, usable) if rule is not None else None
             if voting is not None:
                 voters = jnp.where(arrivals, cohort.counts, 0)
@@ -194,9 +214,13 @@ def make_round(
             steps = secure.unmask(total, roster, key=mask_key)
             if quantile:
                 bit_sum, steps = steps[-1] / 2, steps[:-1]
-            total = ravel_pytree(state.parameters)[1](secure.restore(steps, bound))
+            total = ravel_pytree(weights)[1](secure.restore(steps, bound))
         elif bit_sum is not None and axis_name is not None:
             bit_sum = jax.lax.psum(bit_sum, axis_name)
+        change = None
+        if shared:
+            change = mean_change(total.statistics, _count(metrics, axis_name)) if mean is None else mean.statistics
+            total, mean = total.trainable, trainable(mean)
         noise = state.noise
         if mean is None and plan.correlated is not None:
             mean, noise = mean_with_banded_noise(
@@ -221,10 +245,17 @@ def make_round(
             controls = _update_controls(state.controls, *_gather((controls, cohort), axis_name))
         pseudo_gradient = jax.tree.map(jnp.negative, mean)
         optimizer = server_optimizer(setting.server_rate)
-        updates, server = optimizer.update(pseudo_gradient, state.server, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
-        after = RoundState(parameters, server, state.round + 1, controls, next_norm, noise)
-        return after, RoundMetrics(metrics, moments, bound, votes)
+        updates, server = optimizer.update(pseudo_gradient, state.server, weights)
+        parameters = with_trainable(state.parameters, optax.apply_updates(weights, updates))
+        if change is not None:
+            parameters = BatchNormWeights(
+                parameters.trainable, jax.tree.map(jnp.add, state.parameters.statistics, change)
+            )
+        if state.statistics is not None:
+            statistics, places, counts = _gather((statistics, cohort.hospitals, cohort.counts), axis_name)
+            statistics = store_own(state.statistics, statistics, places, counts)
+        after = RoundState(parameters, server, state.round + 1, controls, next_norm, noise, statistics)
+        return after, RoundMetrics(metrics, moments, bound, votes, kept)
 
     return round_body
 
@@ -234,6 +265,12 @@ def _gather(tree: Any, axis_name: str | None) -> Any:
     if axis_name is None:
         return tree
     return jax.lax.all_gather(tree, axis_name, tiled=True)
+
+
+def _count(metrics: SlotMetrics, axis_name: str | None) -> jax.Array:
+    """How many hospitals of all devices handed over something of use."""
+    number = jnp.sum(metrics.arrived & jnp.isfinite(metrics.update_norm))
+    return number if axis_name is None else jax.lax.psum(number, axis_name)
 
 
 def _slots(cohort: CohortRecords, axis_name: str | None) -> jax.Array:

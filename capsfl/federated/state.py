@@ -30,6 +30,8 @@ class RoundState(NamedTuple):
         controls: of SCAFFOLD, else None.
         clip_norm: scalar, the S of the next round where it follows a quantile of the update norms, else None.
         noise: of the rounds that banded noise has still to cancel, `(bands - 1, ...)` on every leaf, else None.
+        statistics: of batch normalisation, every hospital's own, leaves `(hospitals, ...)`, where they stay at home;
+            else None.
     """
 
     parameters: Any
@@ -38,6 +40,7 @@ class RoundState(NamedTuple):
     controls: Controls | None = None
     clip_norm: jax.Array | None = None
     noise: Any = None
+    statistics: Any = None
 
 
 class CohortRecords(NamedTuple):
@@ -92,9 +95,11 @@ class RoundMetrics(NamedTuple):
         spread: moments of the updates before clipping (Eq 9-11); None unless asked for.
         clip_norm: scalar, the S that this round clipped to.
         votes: what the cohort found in each other's models; None unless they decide.
+        updates: leaves `(slots, ...)`, what each hospital handed over; None unless asked for.
     """
 
     slots: SlotMetrics
     spread: Spread | None
     clip_norm: jax.Array
     votes: Votes | None = None
+    updates: Any = None

@@ -137,11 +137,11 @@ def test_votes_and_weights_are_equations_17_and_18_of_the_clipped_updates():
     }
     assert report.votes.keys() == expected.keys()
     for voter, row in expected.items():
-        assert report.votes[voter] == pytest.approx(row, rel=1e-4)
+        assert report.votes[voter] == pytest.approx(row, abs=5.1e-5)  # votes have four decimals
     own = {name: np.median([expected[voter][name] for voter in NAMES if voter != name]) for name in models}
     figures = {name: 1 / (own[name] + np.mean(list(own.values()))) for name in models}
     shares = {name: figure / sum(figures.values()) for name, figure in figures.items()}
-    assert report.vote_weights == pytest.approx(shares, rel=1e-4)
+    assert report.vote_weights == pytest.approx(shares, rel=5e-4)
     assert report.not_finite == ("B",)
 
 
@@ -164,7 +164,7 @@ def loop(votes: np.ndarray, usable: np.ndarray, byzantine: int, gamma: float) ->
         cast = [min(max(float(row[j]), 0.0), 1.0) for row in votes if np.isfinite(row[j])]
         own[j] = float(np.median(cast)) if cast else 1.0
     figures = {j: gamma * own[j] + sum(own.values()) / len(there) for j in there}
-    kept = sorted(there, key=lambda j: (figures[j], j))[: len(there) - byzantine] if byzantine else there
+    kept = [j for j in there if own[j] <= sorted(own.values())[-1 - byzantine] + 1e-9]
     shares = np.zeros(len(usable))
     for j in kept:
         shares[j] = 1 / max(figures[j], 1e-6)
@@ -184,17 +184,13 @@ compiled_weigh: Any = jax.jit(weigh, static_argnames=("byzantine",))
 )
 def test_weights_agree_with_a_loop_written_from_the_equations(seed, usable, missing, byzantine, gamma):
     generator = np.random.default_rng(seed)
-    votes = generator.uniform(-0.2, 1.3, (7, 7)).astype(np.float32)
+    votes = np.round(generator.uniform(-0.2, 1.3, (7, 7)), 4).astype(np.float32)
     votes[generator.random((7, 7)) < missing] = np.nan
     np.fill_diagonal(votes, np.nan)
     mask = np.array(usable)
     found = np.asarray(compiled_weigh(votes, mask, byzantine=byzantine, gamma=gamma))
     expected = loop(votes, mask, byzantine, gamma)
-    if gamma == 0 and byzantine:
-        # All tie; which model is left out is then the order of the slots.
-        assert sorted(found) == pytest.approx(sorted(expected), abs=1e-6)
-    else:
-        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from capsfl.privacy import noise
+from capsfl.config import ArmConfig
+from capsfl.privacy import PrivacyConfig, add_gaussian, clip_by_global_norm, noise
+from capsfl.privacy.adaptive import quantile_update
+from capsfl.privacy.laplace import release_laplace
 
 DRAWS = 1_000_001
 
@@ -46,3 +49,23 @@ def test_the_support_ends_far_beyond_every_accounted_delta():
     rarest = noise._exponential(jnp.zeros((), jnp.uint32), jnp.zeros((), jnp.uint32), jnp.float32)
     assert float(jnp.sqrt(2 * rarest)) > 9.4
     assert stats.norm.sf(9.4 - 1 / 0.4) < 1e-10
+
+
+def test_every_release_draws_its_noise_here():
+    key = jax.random.key(4)
+    gaussian = add_gaussian(jnp.zeros(7), key=key, standard_deviation=1.0)
+    np.testing.assert_array_equal(gaussian, noise.standard_normal(key, 7))
+    moved = quantile_update(1.0, 0.0, expected_cohort=1, key=key, bit_noise=1.0, target_quantile=0.5, learning_rate=1.0)
+    np.testing.assert_allclose(moved, jnp.exp(-noise.standard_normal(key, 1)[0]), rtol=1e-6)
+    released, _ = release_laplace({"w": jnp.zeros(5)}, key=key, clip_norm=1.0, local_epsilon=2.0)
+    np.testing.assert_array_equal(released["w"], noise.standard_laplace(jax.random.fold_in(key, 0), (5,)))
+
+
+def test_a_clip_norm_whose_squares_would_vanish_is_refused():
+    with pytest.raises(ValueError, match="clip_norm"):
+        PrivacyConfig(clip_norm=1e-13)
+    with pytest.raises(ValueError, match="clip_norm"):
+        ArmConfig(clip_norm=1e-30)
+    # The least one still bounds an update that is longer by seven orders of magnitude.
+    clipped, _ = clip_by_global_norm({"w": jnp.full((4,), 1e-5)}, 1e-12)
+    assert np.linalg.norm(np.asarray(clipped["w"], np.float64)) <= 1e-12 * (1 + 1e-5)

@@ -134,10 +134,13 @@ def test_hospitals_without_records_send_nothing_and_missing_patients_are_named()
         make_private_local_update(task, LocalConfig(epochs=2), plan)
 
 
-def test_models_with_batch_statistics_are_refused_by_name():
+def test_models_with_batch_normalisation_are_refused_by_name():
     class Net(nnx.Module):
         def __init__(self):
             self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
 
-    with pytest.raises(ValueError, match="net: the model has batch statistics; use GroupNorm"):
-        make_task("net", Net(), lambda model, batch: jnp.float32(0))
+    task = make_task("net", Net(), lambda model, batch: jnp.float32(0))
+    with pytest.raises(ValueError, match=r'the model of net has batch normalisation, .* choose norm = "group"'):
+        make_private_local_update(
+            task, LocalConfig(), _plan(4, clip_norm=0.5, noise_multiplier=1.0, expected_patients=2)
+        )
