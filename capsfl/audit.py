@@ -9,27 +9,32 @@ from typing import Any
 
 import numpy as np
 
+from capsfl.audit_consensus import check_rules, check_statements
 from capsfl.checkpoint import CheckpointError, read_clip_norm, read_parameters, tensor_leaves
 from capsfl.config import ArmConfig, StudyConfig
-from capsfl.ledger.block import SignedHead
-from capsfl.ledger.canonical import decimal
+from capsfl.digests import file_digests
+from capsfl.ledger.canonical import MAX_BYTES, decimal
 from capsfl.ledger.chain import Ledger
-from capsfl.ledger.errors import LedgerError
+from capsfl.ledger.errors import LedgerError, VersionError
+from capsfl.ledger.history import History
 from capsfl.ledger.log import survey
-from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord
-from capsfl.ledger.statements import Revocation
+from capsfl.ledger.records import Genesis, Record, RoundRecord
+from capsfl.ledger.statements import Decision, Registration, Revocation
+from capsfl.ledger.storage import read_whole
 from capsfl.ledger.verify import Finding, Status, verify
+from capsfl.ledger.witness import read_head
 from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.patient_plan import PatientLoss, Stage
 from capsfl.privacy.plan import PrivacyPlan
+from capsfl.recording import manifest_place
 from capsfl.study import load_study_config, study_hospitals
 
 
 def run_places(study: Path, config: StudyConfig) -> list[tuple[ArmConfig, str]]:
-    """The places of a study's runs in its folder: one per arm, or for `local` one per hospital the study names."""
+    """The places of a study's runs in its folder: one per arm, or per hospital the study names."""
     found = []
     for arm in config.arms:
-        if arm.partition == "local":
+        if arm.has_members:
             found += [(arm, f"{arm.name}/{hospital}") for hospital in study_hospitals(study)]
         else:
             found.append((arm, arm.name))
@@ -54,9 +59,9 @@ def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head:
     try:
         # Up to the first damage, as `verify` reads it; `Ledger.open` would give nothing at all.
         history, _, _ = survey(place)
-        records = [record for block in history.blocks for record in block.records]
     except LedgerError:
-        records = []  # `verify` says what is wrong with it
+        history = History()  # `verify` says what is wrong with it
+    records = [record for block in history.blocks for record in block.records]
     holders = max(1, sum(isinstance(record, Registration) for record in records))
     if config.places is not None and config.arms[0].partition == "hospitals":
         holders = config.places
@@ -82,15 +87,24 @@ def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head:
         epsilon = None if plan is None else plan.epsilon(spent)
         return None if epsilon is None else decimal(epsilon)
 
+    def recompute_manifest(record: RoundRecord) -> tuple[bytes, Mapping[str, str]] | None:
+        manifest, step = manifest_place(folder, record.task, record.round), folder / "checkpoints" / record.task
+        if not manifest.exists() or not (step / str(record.round)).is_dir():
+            return None
+        return read_whole(manifest, MAX_BYTES), file_digests(step / str(record.round))
+
     findings = verify(
         place,
         recompute_leaves=recompute_leaves,
         recompute_epsilon=recompute_epsilon,
         configuration_hash=config.digest(),
         witness_head=witness_head,
+        recompute_manifest=recompute_manifest,
     )
+    consensus = [*check_rules(records, config), *check_statements(records, history.index, config)]
     sequence = check_sequence(records, config)
-    return findings + mechanism + sequence + _check_identity(records, chain_id) + _check_coverage(folder, order)
+    place_of = [*_check_identity(records, chain_id), *_check_coverage(folder, order)]
+    return [*findings, *mechanism, *consensus, *sequence, *place_of]
 
 
 def plan_of_records(rounds: Sequence[RoundRecord], config: StudyConfig, *, holders: int) -> PrivacyPlan:
@@ -115,7 +129,11 @@ def plan_of_records(rounds: Sequence[RoundRecord], config: StudyConfig, *, holde
 
 
 def check_mechanism(folder: Path, records: Sequence[Record], plan: PrivacyPlan) -> list[Finding]:
-    """Tells whether every round names the mechanism of the configuration, at the clip norm it had come to."""
+    """Tells whether every round names the mechanism of the configuration, at the clip norm it had come to.
+
+    That norm cannot be recomputed where the checkpoint before is gone, nor where it is the median of norms that the
+    hospitals keep to themselves.
+    """
     config, findings = plan.config, []
     registered = {record.name: record.records for record in records if isinstance(record, Registration)}
     rounds = [record for record in records if isinstance(record, RoundRecord)]
@@ -141,8 +159,12 @@ def check_mechanism(folder: Path, records: Sequence[Record], plan: PrivacyPlan) 
             detail = f"{wrong}: recorded {getattr(record, wrong)}, by configuration {expected[wrong]}"
         elif plan.patients is not None:
             wrong, detail = _compare_patients(record, plan.patients.losses(spent), plan, registered)
-        status = Status.OK if wrong is None else Status.FAILED
-        findings.append(Finding("mechanism", status, record.round, record.task, None, detail))
+        status, outside = Status.OK if wrong is None else Status.FAILED, False
+        if wrong is None and "clip_norm" not in expected:
+            status, outside = Status.UNVERIFIABLE, config.clipping == "median"
+            why = "the hospitals keep their norms" if outside else "the checkpoint before, which has it, is gone"
+            detail = f"clip_norm: recorded {record.clip_norm}, {why}; the rest {detail}"
+        findings.append(Finding("mechanism", status, record.round, record.task, None, detail, outside))
     return findings
 
 
@@ -222,7 +244,16 @@ def ledger_summary(ledger: Ledger, findings: list[Finding]) -> dict[str, Any]:
     head = ledger.head()
     blocks = ledger.blocks()
     rows = []
+    names = {r.hospital_id: r.name for block in blocks for r in block.records if isinstance(r, Registration)}
     for height, block in enumerate(blocks):
+        votes = []
+        for decision in block.records:
+            if isinstance(decision, Decision):
+                weights = dict(decision.weights)
+                votes += [
+                    {"hospital": names[member], "weight": float(weights[member] or 0) if member in weights else None}
+                    for member, _ in decision.errors
+                ]
         rows += [
             {
                 "height": height,
@@ -231,6 +262,8 @@ def ledger_summary(ledger: Ledger, findings: list[Finding]) -> dict[str, Any]:
                 "digest": record.parameters_digest,
                 "epsilon": None if record.epsilon is None else float(record.epsilon),
                 "cohort": list(record.cohort),
+                "votes": votes,
+                "approvals": len(block.approvals),
                 "patients": [
                     {"hospital": name, "patients": count, "epsilon": None if spent is None else float(spent)}
                     for name, count, spent in record.patients or ()
@@ -259,6 +292,7 @@ def finding_row(finding: Finding) -> dict[str, Any]:
         "task": finding.task,
         "leaf": finding.leaf,
         "detail": finding.detail,
+        "outside": finding.outside,
     }
 
 
@@ -268,7 +302,7 @@ def _is_of_chain(witness_head: bytes | None, folder: Path) -> bool:
         return False
     try:
         with Ledger.open(folder / "ledger") as ledger:
-            return SignedHead.decode(witness_head).chain_id == ledger.head().chain_id
+            return read_head(witness_head).chain_id == ledger.head().chain_id
     except LedgerError:
         return True
 
@@ -276,10 +310,10 @@ def _is_of_chain(witness_head: bytes | None, folder: Path) -> bool:
 def _hidden_places(study: Path, config: StudyConfig, runs: Sequence[tuple[ArmConfig, str]]) -> list[str]:
     """Folders of hospitals' own runs that `study.json`, which nobody signs, does not name."""
     listed = {place for _, place in runs}
-    locals_ = [arm.name for arm in config.arms if arm.partition == "local"]
+    shared = [arm.name for arm in config.arms if arm.has_members]
     places = {
         f"{arm}/{part.parent.name}"
-        for arm in locals_
+        for arm in shared
         for name in ("ledger", "checkpoints")
         for part in (study / arm).glob(f"*/{name}")
     }
@@ -291,14 +325,36 @@ def _unlisted(place: str) -> Finding:
     return Finding("coverage", Status.FAILED, detail=detail)
 
 
+def _require_ledger(folder: Path, chain_id: str) -> None:
+    """Refuses a run that there is nothing to audit in: what another version, or another run, has written.
+
+    Raises:
+        LedgerError: no ledger there, or not one to be read here.
+    """
+    place = folder / "ledger"
+    if not (place / "head").exists() and not (place / "log").exists():
+        raise LedgerError(f"{place}: no ledger here: name a study whose training has begun, or put the ledger back")
+    history, _, fault = survey(place)
+    if isinstance(fault, VersionError):
+        raise VersionError(f"{place}: {fault}")
+    if history.blocks and history.genesis.chain_id != chain_id:
+        raise LedgerError(
+            f"{place}: holds chain {history.genesis.chain_id}, this run's is {chain_id}: put the run's own ledger "
+            "back, or take the version of capsfl that trained it"
+        )
+
+
 def audit_study(study: Path, *, witness_head: bytes | None = None) -> dict[str, list[Finding]]:
     """Checks every run of a study: `{run: findings}`; a witness head is held against the chain it names.
 
     Raises:
         StudyFolderError: no study there.
+        LedgerError: a run of it without a ledger, with that of another one, or with one of another version of capsfl.
     """
     config = load_study_config(study)
     runs = run_places(study, config)
+    for _, place in runs:
+        _require_ledger(study / place, chain_of(config, place))
     found: dict[str, list[Finding]] = {place: [_unlisted(place)] for place in _hidden_places(study, config, runs)}
     for arm, place in runs:
         folder = study / place

@@ -1,4 +1,4 @@
-"""`capsfl ledger show|prove|check|export`: reading a run's ledger, and taking parts of it away."""
+"""`capsfl ledger show|prove|check|export|witness`: reading a run's ledger, and taking parts of it away."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,14 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from capsfl.arguments import parse
-from capsfl.ledger.block import Block
-from capsfl.ledger.errors import LedgerError
+from capsfl.ledger.block import Block, SignedHead
+from capsfl.ledger.canonical import MAX_BYTES
+from capsfl.ledger.errors import LedgerError, VersionError
 from capsfl.ledger.history import History
+from capsfl.ledger.keyfiles import open_key
 from capsfl.ledger.keys import hospital_id
 from capsfl.ledger.log import parse_whole, survey
 from capsfl.ledger.proofs import check_proof, prove
 from capsfl.ledger.records import Record, RoundRecord
 from capsfl.ledger.storage import frame, read_whole, replace
+from capsfl.ledger.witness import check_evidence, cosign, evidence, extends, read_cosignature, read_head
 
 _MAX_EXPORT = 1 << 30
 
@@ -68,10 +71,32 @@ class ExportCommand:
     """File for the log; the head, which a witness keeps, goes to the same name with .head."""
 
 
+@dataclass(frozen=True)
+class WitnessCommand:
+    """Sign a ledger's head as a witness, check what a witness signed, or hold two heads against each other.
+
+    With --key the ledger is checked and its head cosigned into --out; a head that lies there must be extended by the
+    ledger. With --against two heads are compared: two of one size with different roots prove that the owner told two
+    stories, and --out keeps the proof. Without either, a cosigned head or such a proof is checked. Exit code 1 where
+    anything does not hold.
+    """
+
+    place: Annotated[Path, tyro.conf.Positional]
+    """A run, ledger or exported ledger to sign; else a head, a cosigned head or a proof of two stories."""
+    out: Path | None = None
+    """File for the cosigned head, or for the proof."""
+    key: Path | None = None
+    """The witness's key, a PEM file; made, for its owner alone to read, where there is none."""
+    against: Path | None = None
+    """Another head."""
+    witness: str | None = None
+    """Hospital id of the witness that must have signed."""
+
+
 def ledger(words: Sequence[str]) -> int:
     """Runs one of the ledger's commands; exit code 1 where a ledger or proof does not hold."""
     if not words or words[0] in ("-h", "--help"):
-        print("capsfl ledger show|prove|check|export; each has its own --help.")
+        print("capsfl ledger show|prove|check|export|witness; each has its own --help.")
         return 0 if words else 2
     action = _ACTIONS.get(words[0])
     if action is None:
@@ -106,6 +131,8 @@ def read_ledger(place: Path) -> tuple[History, LedgerError | None]:
         except LedgerError as error:
             raise LedgerError(f"{where}: not an exported ledger ({error})") from None
     history, _, fault = survey(where)
+    if isinstance(fault, VersionError):
+        raise VersionError(f"{where}: {fault}")
     return history, fault
 
 
@@ -163,6 +190,8 @@ def check(given: CheckCommand) -> int:
     data = read_whole(given.proof, 1 << 20)
     try:
         proof = check_proof(data)
+    except VersionError as error:
+        raise VersionError(f"{given.proof}: {error}") from None
     except LedgerError as error:
         print(f"FAILED {given.proof}: {error}")
         return 1
@@ -187,6 +216,74 @@ def export(given: ExportCommand) -> int:
     return 0
 
 
+def witness(given: WitnessCommand) -> int:
+    """Signs, checks or compares heads."""
+    if given.key is not None:
+        return _cosign(given.place, given.key, given.out)
+    data = read_whole(given.place, MAX_BYTES)
+    try:
+        if given.against is not None:
+            return _compare(_named(read_head, given.place), _named(read_head, given.against), given.out)
+        if b'"heads":' in data:
+            first, second = check_evidence(data)
+            print(f"OK: {hospital_id(first.public_key)} signed two histories of {first.size} blocks of one chain,")
+            print(f"roots {first.root.hex()} and {second.root.hex()}")
+            return 0
+        head, public_key = read_cosignature(data)
+    except LedgerError as error:
+        print(f"FAILED {given.place}: {error}")
+        return 1
+    signer = hospital_id(public_key)
+    if given.witness not in (None, signer):
+        print(f"FAILED {given.place}: cosigned by {signer}, not by {given.witness}")
+        return 1
+    print(f"OK: {head.size} blocks of chain {head.chain_id}, root {head.root.hex()},")
+    print(f"signed by {hospital_id(head.public_key)}, cosigned by {signer}")
+    return 0
+
+
+def _cosign(place: Path, key: Path, out: Path | None) -> int:
+    if out is None:
+        raise LedgerError("capsfl ledger witness --key: give --out, the file for the cosigned head")
+    history, fault = read_ledger(place)
+    if fault is not None:
+        raise fault
+    if out.exists():
+        seen = _named(read_head, out)
+        found = extends(history, seen)
+        if found is not None:
+            print(f"FAILED {place}: {found}; {out} is left as it was")
+            return 1
+    signer = open_key(key)
+    replace(out, cosign(history.head(), signer))
+    print(f"cosigned: {out}, {len(history.blocks)} blocks, by {signer.hospital_id()}")
+    return 0
+
+
+def _compare(first: SignedHead, second: SignedHead, out: Path | None) -> int:
+    if first.contradicts(second):
+        print(f"EQUIVOCATION: {hospital_id(first.public_key)} signed two histories of {first.size} blocks")
+        if out is not None:
+            replace(out, evidence(first, second))
+            print(f"proof: {out}")
+        return 1
+    if (first.chain_id, first.public_key) != (second.chain_id, second.public_key):
+        print("the heads are of two chains: they say nothing about each other")
+    elif first.size == second.size:
+        print(f"OK: both heads are of the same {first.size} blocks")
+    else:
+        print(f"heads of {first.size} and {second.size} blocks: only the ledger tells whether one extends the other")
+    return 0
+
+
+def _named(read: Callable[[bytes], SignedHead], place: Path) -> SignedHead:
+    try:
+        return read(read_whole(place, MAX_BYTES))
+    except LedgerError as error:
+        text = str(error)
+        raise LedgerError(text if text.startswith(str(place)) else f"{place}: {text}") from None
+
+
 def _holds(records: Sequence[Record]) -> str:
     kinds = [record.type for record in records]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
@@ -206,4 +303,5 @@ _ACTIONS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "prove": (ProveCommand, write_proof),
     "check": (CheckCommand, check),
     "export": (ExportCommand, export),
+    "witness": (WitnessCommand, witness),
 }

@@ -1,22 +1,27 @@
 """The mechanism that a ledger records is held against the configuration, round by round and hospital by hospital."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from capsfl.audit import check_mechanism, check_sequence, plan_of_records
+from capsfl.audit import chain_of, check_mechanism, check_sequence, plan_of_records
+from capsfl.cli import main
 from capsfl.config import ClassificationStage, SegmentationStage, StudyConfig
 from capsfl.ct.phantom import PhantomConfig
 from capsfl.ledger.canonical import decimal
+from capsfl.ledger.chain import Ledger
 from capsfl.ledger.keys import Signer
-from capsfl.ledger.records import Registration, RoundRecord, parameters_root
-from capsfl.ledger.statements import Revocation
+from capsfl.ledger.records import RoundRecord, parameters_root
+from capsfl.ledger.statements import Registration, Revocation
+from capsfl.ledger.storage import frame, read_frame
 from capsfl.ledger.verify import Status
 from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.patient_plan import Stage
 from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan
+from capsfl.study import StudyFolder
 
 PATIENTS = (("A", 12), ("B", 30))
 PRIVATE = PrivacyConfig(
@@ -34,7 +39,7 @@ def registrations() -> list[Registration]:
     found = []
     for name, count in PATIENTS:
         key = Signer.generate()
-        found.append(Registration(key.hospital_id(), name, key.public_key, "lung CT", count))
+        found.append(Registration.of(key, name, "lung CT", count, "chain"))
     return found
 
 
@@ -112,6 +117,26 @@ def test_a_quantile_run_records_the_norm_of_its_round(registrations):
     assert check([wrong], registrations, privacy)[0].detail.startswith("clip_norm: recorded 0.2")
 
 
+@pytest.mark.parametrize(
+    ("clipping", "why", "outside"),
+    [
+        ("quantile", "the checkpoint before, which has it, is gone", False),
+        ("median", "the hospitals keep their norms", True),
+    ],
+)
+def test_a_clip_norm_that_cannot_be_recomputed_is_never_ok(registrations, clipping, why, outside):
+    privacy = PrivacyConfig(clip_norm=0.1, noise_multiplier=2.0 if clipping == "quantile" else 0.0, clipping=clipping)
+    words: dict[str, Any] = {
+        "patients": None, "delta": "1e-05", "noise_multiplier": decimal(privacy.noise_multiplier), "epsilon": None
+    }  # fmt: skip
+    records = [record(number, clip_norm=decimal(0.10000000149011612), **words) for number in (1, 2)]
+    finding = check(records, registrations, privacy)[1]
+    assert (finding.status, finding.outside) == (Status.UNVERIFIABLE, outside)
+    assert finding.detail == f"clip_norm: recorded 0.10000000149011612, {why}; the rest as configured"
+    lie = check([records[0], replace(records[1], sampler="poisson")], registrations, privacy)[1]
+    assert (lie.status, lie.detail) == (Status.FAILED, "sampler: recorded poisson, by configuration all")
+
+
 def sequence(*rounds: tuple[str, int], late=(), places: int | None = None) -> tuple[Status, str]:
     """What the audit says of a chain with these rounds, of a study of two and two."""
     config = StudyConfig(
@@ -145,3 +170,39 @@ def test_hospitals_that_come_after_the_first_round_need_places(registrations):
     assert sequence(("segmentation", 1), late=registrations)[0] is Status.FAILED
     assert sequence(("segmentation", 1), late=late)[0] is Status.FAILED
     assert sequence(("segmentation", 1), late=[*registrations, *late], places=4)[0] is Status.OK
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> tuple[Path, StudyConfig]:
+    """A study's folder in which no run has begun."""
+    config = study(PRIVATE).model_copy(update={"out": str(tmp_path / "study")})
+    with StudyFolder.open(config):
+        return tmp_path / "study", config
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("none", "federated/ledger: no ledger here: name a study whose training has begun"),
+        ("foreign", "federated/ledger: holds chain somebody-else, this run's is"),
+        ("newer", "federated/ledger: written by a newer version of capsfl (block.v9, this one reads block.v2)"),
+    ],
+)
+def test_where_there_is_nothing_to_audit_verify_says_so_in_one_line_and_exit_code_2(begun, capsys, case, message):
+    folder, config = begun
+    place, owner = folder / "federated" / "ledger", Signer.generate()
+    chain_id = "somebody-else" if case == "foreign" else chain_of(config, "federated")
+    if case != "none":
+        place.parent.mkdir()
+        Ledger.create(place, signer=owner, chain_id=chain_id).close()
+    if case == "newer":
+        payload = read_frame(io.BytesIO((place / "log").read_bytes()))
+        assert payload is not None
+        (place / "log").write_bytes(frame(payload.replace(b"block.v2", b"block.v9")))
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(folder)])
+    assert end.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert len(error.splitlines()) == 1
+    assert message in error

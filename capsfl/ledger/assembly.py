@@ -1,18 +1,22 @@
-"""One round's records with every key at hand, as a simulation of several hospitals holds them.
+"""One round's records with every key at hand, as a simulation of several hospitals holds them, and their size.
 
     commit -> countersign -> vote -> decide -> the round's record; the block's approvals come with `Ledger.append`
 
 In a deployment each statement would arrive from its hospital; nothing below needs more than that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from sys import float_info
 
-from capsfl.ledger.consensus import Decision, ballot_of, decide, leader_of
+from capsfl.ledger import canonical
+from capsfl.ledger.block import Block
+from capsfl.ledger.canonical import MAX_INTEGER, decimal
+from capsfl.ledger.consensus import ballot_of, decide, leader_of, quantize
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.records import Record, RoundRecord
 from capsfl.ledger.rules import Index
-from capsfl.ledger.statements import Commitment, commit, nonce_of
+from capsfl.ledger.statements import Ballot, Commitment, Decision, commit, nonce_of
 
 
 def assemble_round(
@@ -22,7 +26,7 @@ def assemble_round(
     *,
     signers: Mapping[str, Signer],
     updates: Mapping[str, str],
-    errors: Mapping[str, Mapping[str, float]] | None = None,
+    errors: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> tuple[Record, ...]:
     """Returns the records of one block: commitments, ballots, the leader's decision and the round.
 
@@ -32,7 +36,8 @@ def assemble_round(
         height: of the block to come.
         signers: `{hospital id: key}` of the members.
         updates: `{hospital id: update digest}` in hex of the cohort.
-        errors: `{voter id: {candidate id: mean absolute error}}` (Eq 17), or None where nobody votes.
+        errors: `{voter id: {candidate id: mean absolute error}}` (Eq 17), an error None where it is not finite; or
+            None where nobody votes.
 
     Raises:
         LedgerError: a key is missing, or fewer than two members, so that nobody could countersign.
@@ -55,9 +60,44 @@ def assemble_round(
         ballots = []
         for voter in sorted(errors):
             nonce = nonce_of(signers[voter], chain_id, "ballot", record.task, record.round)
-            ballot = ballot_of(record.task, record.round, voter, errors[voter], nonce)
-            ballots.append(ballot.signed(signers[voter], chain_id))
+            ballots.append(ballot_of(record.task, record.round, voter, errors[voter], signers[voter], chain_id, nonce))
         leader = leader_of(height, members)
         decision = Decision(record.task, record.round, leader, *decide(index.rules, ballots, sorted(updates)))
         records += [*ballots, decision.signed(signers[leader], chain_id)]
     return (*records, record)
+
+
+def longest_statements(task: str, *, members: int, cohort: int, ballots: bool) -> int:
+    """Returns how many bytes a block of `assemble_round` takes at most, its round's own record aside.
+
+    Every field has its longest value: a block that is no longer than `canonical.MAX_BYTES` can be written.
+
+    Args:
+        task: the name of it.
+        members: how many may approve the block.
+        cohort: hospitals of the round.
+        ballots: whether they vote.
+    """
+    figure, digest, nonce, signature = decimal(float_info.min), "0" * 64, "0" * 32, "0" * 128
+    peer, error = "1" * 64, quantize(0.1234)
+
+    def grown(build: Callable[[tuple[tuple[str, str | None], ...]], Record], row: str | None) -> tuple[int, int]:
+        """Bytes of a record without rows of an id and a figure, and of each such row."""
+        empty, one = (_length(build(rows)) for rows in ((), ((digest, row),)))
+        return empty, one - empty + 1
+
+    bare = Block("0" * 64, MAX_INTEGER, digest, digest, digest, (), bytes(64), MAX_INTEGER)
+    approval = len(canonical.encode([digest, signature])) + 1
+    total = len(bare.encode()) + len('"approvals":[],') + members * approval
+    total += cohort * _length(Commitment(task, MAX_INTEGER, digest, digest, nonce, peer, signature, signature))
+    if ballots:
+        empty, row = grown(lambda rows: Ballot(task, MAX_INTEGER, digest, rows, nonce, signature), error)
+        total += cohort * (empty + cohort * row)
+        empty, row = grown(lambda rows: Decision(task, MAX_INTEGER, digest, rows, (), signature), figure)
+        total += empty + 2 * cohort * row
+    return total
+
+
+def _length(record: Record) -> int:
+    """Bytes of a record and the comma after it."""
+    return len(canonical.encode(record.to_canonical())) + 1

@@ -7,13 +7,18 @@ and each is a portable statement about the whole chain: two of one size with dif
 signer told two stories.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from capsfl.ledger import canonical, merkle
-from capsfl.ledger.errors import LedgerError
+from capsfl.ledger.errors import LedgerError, VersionError
 from capsfl.ledger.keys import Signer, Verifier
 from capsfl.ledger.records import Record, from_canonical
+
+BLOCK_TYPE = "block.v2"
+_WITNESS_TYPE = "cosignature"
+_BLOCK_VERSION = re.compile(r"block\.v([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,24 @@ class SignedHead:
         """Tells whether the head's own key signed it."""
         return Verifier(self.public_key).verify(self.signature, "head", self.chain_id, canonical.encode(self._body()))
 
-    def cosign(self, signer: Signer) -> bytes:
-        """Returns a member's or witness's r ‖ s over this head, 64 bytes."""
-        return signer.sign("approval", self.chain_id, canonical.encode(self._body()))
+    def approve(self, member: Signer) -> bytes:
+        """Returns a member's r ‖ s over this head, 64 bytes: its vote for the block that ends there."""
+        return member.sign("approval", self.chain_id, canonical.encode(self._body()))
+
+    def is_approved(self, public_key: bytes, signature: bytes) -> bool:
+        """Tells whether this key approved the head as a member."""
+        return Verifier(public_key).verify(signature, "approval", self.chain_id, canonical.encode(self._body()))
+
+    def cosign(self, witness: Signer) -> bytes:
+        """Returns a witness's r ‖ s over this head, 64 bytes: it saw the head and keeps it outside.
+
+        Of another type than an approval, which lies in the log: whoever copies one from there makes no witness of it.
+        """
+        return witness.sign(_WITNESS_TYPE, self.chain_id, canonical.encode(self._body()))
 
     def is_cosigned(self, public_key: bytes, signature: bytes) -> bool:
-        """Tells whether this key cosigned the head."""
-        return Verifier(public_key).verify(signature, "approval", self.chain_id, canonical.encode(self._body()))
+        """Tells whether this key cosigned the head as a witness."""
+        return Verifier(public_key).verify(signature, _WITNESS_TYPE, self.chain_id, canonical.encode(self._body()))
 
     def contradicts(self, other: "SignedHead") -> bool:
         """Tells whether the two prove equivocation: one key signed two roots for one size of one chain."""
@@ -109,7 +125,7 @@ class Block:
         signature: r ‖ s over the chain's head with this block in it, 64 bytes.
         work: Number that gives the header's hash the zero bits the chain's rules ask for; None where they ask none.
         approvals: Pairs of member id and r ‖ s in hex over the same head, sorted by id: the members' votes for the
-            block, and what a witness keeps.
+            block.
     """
 
     chain_id: str
@@ -125,7 +141,7 @@ class Block:
     def header(self) -> dict[str, Any]:
         """Returns what the block's hash covers: everything but the signatures (the records by their root)."""
         header = {
-            "type": "block.v1",
+            "type": BLOCK_TYPE,
             "chain_id": self.chain_id,
             "height": self.height,
             "previous": self.previous,
@@ -159,10 +175,7 @@ class Block:
         value = canonical.decode(data)
         try:
             header = value["header"]
-            if str(header["type"]).startswith("block.v") and header["type"] != "block.v1":
-                raise LedgerError(
-                    f"written by another version of capsfl ({str(header['type'])[:20]}): install that one"
-                )
+            check_version(header["type"])
             block = cls(
                 chain_id=header["chain_id"],
                 height=header["height"],
@@ -182,3 +195,17 @@ class Block:
         if not whole:
             raise LedgerError("not a block")
         return block
+
+
+def check_version(kind: object) -> None:
+    """Refuses a block of another version than ours.
+
+    Raises:
+        VersionError: says whether the version is an older or a newer one.
+    """
+    found = _BLOCK_VERSION.fullmatch(kind) if isinstance(kind, str) else None
+    if found and kind != BLOCK_TYPE:
+        age = "a newer" if int(found[1]) > int(BLOCK_TYPE[7:]) else "an older"
+        raise VersionError(
+            f"written by {age} version of capsfl ({kind}, this one reads {BLOCK_TYPE}): install that one"
+        )

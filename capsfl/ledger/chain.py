@@ -11,7 +11,7 @@ blocks the head vouches for is damage and never trimmed.
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from capsfl.ledger import merkle, storage
@@ -21,8 +21,10 @@ from capsfl.ledger.errors import Divergence, LedgerError
 from capsfl.ledger.history import History, compare_rounds
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.log import parse, parse_whole, survey
-from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord
+from capsfl.ledger.manifests import Manifest
+from capsfl.ledger.records import Genesis, Record, RoundRecord
 from capsfl.ledger.rules import Index
+from capsfl.ledger.statements import Registration
 
 
 class Ledger:
@@ -37,6 +39,8 @@ class Ledger:
         self._end = end  # length of the log in bytes, up to the last block
         self._signer = signer
         self._failed = False
+        self._frames: list[bytes] = []  # of the blocks that were exported before
+        self.approvers: Callable[[], Iterable[Signer]] = tuple  # keys that approve what is appended
         self._unlock = weakref.finalize(self, os.close, lock) if lock is not None else None
 
     @classmethod
@@ -113,7 +117,7 @@ class Ledger:
             raise
         return ledger
 
-    def append(self, *records: Record, members: Sequence[Signer] = ()) -> Block:
+    def append(self, *records: Record, members: Iterable[Signer] | None = None) -> Block:
         """Adds records in one block and returns the block, on disk when this returns.
 
         Appending records that a block holds already returns that block and writes nothing. After an error from
@@ -122,10 +126,12 @@ class Ledger:
 
         Args:
             *records: what the block records.
-            members: keys of the hospitals that approve it, where the chain's rules ask for approvals.
+            members: keys of the hospitals that approve it, where the chain's rules ask for approvals; those of
+                `approvers` by default.
 
         Raises:
-            Divergence: another record of the same round is there; names the first tensor that differs.
+            Divergence: another record of the same round is there, or its hospitals signed something else; names the
+                first tensor that differs.
             StorageError: the file system refused.
             LedgerError: a rule forbids a record, or the ledger was opened for reading.
         """
@@ -136,7 +142,12 @@ class Ledger:
         for record in records:
             if isinstance(record, RoundRecord) and (recorded := self.find(record.task, record.round)) is not None:
                 compare_rounds(recorded, record)
-        block = self._chain.next_block(records, signer, members)
+                raise Divergence(
+                    f"task {record.task}, round {record.round}: what its hospitals signed is not what is recorded",
+                    task=record.task,
+                    round=record.round,
+                )
+        block = self._chain.next_block(records, signer, self.approvers() if members is None else members)
         self._write([block])
         return block
 
@@ -148,6 +159,16 @@ class Ledger:
     def find(self, task: str, round: int) -> RoundRecord | None:
         """Returns the record of one round, or None."""
         return self._chain.rounds.get((task, round))
+
+    def height_of(self, task: str, round: int) -> int:
+        """Returns the height of the block that records a round, or that of the next block."""
+        record = self.find(task, round)
+        block = None if record is None else self._chain.holding(record)
+        return len(self._chain.blocks) if block is None else block.height
+
+    def manifest(self, record: RoundRecord, files: Mapping[str, str]) -> Manifest:
+        """Returns the owner's signed manifest of a round's checkpoint files, `{path: SHA-256 in hex}`."""
+        return Manifest.of(record, files, self._writer(), self.index.binding)
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """Returns the round records in the order of the chain."""
@@ -171,7 +192,8 @@ class Ledger:
 
     def export(self) -> bytes:
         """Returns the log, to be stored beside the weights; `restore` rebuilds the ledger from it alone."""
-        return b"".join(storage.frame(block.encode()) for block in self._chain.blocks)
+        self._frames += [storage.frame(block.encode()) for block in self._chain.blocks[len(self._frames) :]]
+        return b"".join(self._frames)
 
     def reconcile(self, data: bytes) -> None:
         """Brings this ledger and the log of a checkpoint together: the longer of one history stays.
@@ -233,13 +255,15 @@ class Ledger:
 
     def _write(self, blocks: Sequence[Block]) -> None:
         data = b"".join(storage.frame(block.encode()) for block in blocks)
+        before = len(self._chain.blocks)
         try:
             for block in blocks:
                 self._chain.extend(block)
             storage.write_from(self.folder / "log", self._end, data)
             storage.replace(self.folder / "head", self._chain.head().encode())
         except BaseException:
-            self._failed = True  # memory and disk may disagree now, and only the disk counts
+            # Memory and disk may disagree now, and only the disk counts; a block that is refused changes neither.
+            self._failed = len(self._history.blocks) > before
             raise
         self._end += len(data)
 

@@ -4,6 +4,7 @@ Every function is arithmetic over what the chain holds, so that whoever reads th
 
     Eq 17   MAE(m_j) = (1/n) sum_i |y_i - f(x_i)|            an error that one voter measured, in [0, 1]
     Eq 18   MAE(H_j) = gamma MAE(m_j) + (1/|M|) sum_i MAE(m_i)
+            w_j = 1 / MAE(H_j), of those that are not out-voted, over their sum
 
 The second term of Eq 18 is the same for every j: gamma scales the ranking and, at 0, ties all. Voters score the
 models of others, and of their finite errors the median counts: with fewer than four members one liar decides.
@@ -12,22 +13,46 @@ models of others, and of their finite errors the median counts: with fewer than 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
-from typing import Any, ClassVar, Literal, get_args
+from fractions import Fraction
+from statistics import mean, median
+from typing import Annotated, ClassVar, Literal, get_args
 
 from capsfl.ledger import canonical
-from capsfl.ledger.fields import check_count, check_digest, check_figure, check_name, require
-from capsfl.ledger.statements import Ballot, Statement, check_errors, check_signature
+from capsfl.ledger.fields import Check, Count, Figure, check_count, check_figure, require
+from capsfl.ledger.form import Form
+from capsfl.ledger.keys import Signer
+from capsfl.ledger.statements import Ballot
 
 Quorum = Literal["owner", "two_thirds", "all"]
 Combine = Literal["median", "mean"]
+Rows = tuple[tuple[str, str | None], ...]
 
 MAX_PROOF_OF_WORK = 24
 SAFE_MEMBERS = 4
+SMALLEST_ERROR = 1e-6
+"""Stands for an error of 0, whose weight would have no end."""
+
+
+def _choice(names: tuple[str, ...]) -> Check:
+    return lambda field, value: require(value in names, field, value, f"use one of {', '.join(names)}")
+
+
+def _check_flag(field: str, value: object) -> None:
+    require(type(value) is bool, field, value, "use true or false")
+
+
+def _check_number(field: str, value: object) -> None:
+    check_figure(field, value)
+    require(value is not None, field, value, "give a decimal string")
+
+
+def _check_work(field: str, bits: object) -> None:
+    check_count(field, bits)
+    require(bits in range(MAX_PROOF_OF_WORK + 1), field, bits, f"use 0 to {MAX_PROOF_OF_WORK} bits")
 
 
 @dataclass(frozen=True)
-class ConsensusRules:
+class ConsensusRules(Form):
     """How the members of a chain decide; part of its first block and fixed from then on.
 
     Attributes:
@@ -35,88 +60,19 @@ class ConsensusRules:
         combine: How the errors that voters give a model become one.
         self_report: Whether a hospital may score its own model, as the paper has it; gameable.
         gamma: Weight of a model's own error in Eq 18, a decimal string.
-        margin: How far above the cohort's median error a model may lie before it is out-voted, a decimal string.
+        margin: How far above the cohort's median error a model may lie before it is out-voted, or None.
+        byzantine: f: the f models of the highest error are out-voted, and with fewer than 2 f + 2 of them all are.
         proof_of_work: Leading zero bits that a block's hash must have; 0 for none.
     """
 
     type: ClassVar[str] = "rules"
-    quorum: str = "owner"
-    combine: str = "median"
-    self_report: bool = False
-    gamma: str = "1.0"
-    margin: str = "0.15"
-    proof_of_work: int = 0
-
-    def __post_init__(self) -> None:
-        for field, choices in (("quorum", get_args(Quorum)), ("combine", get_args(Combine))):
-            value = getattr(self, field)
-            require(value in choices, f"rules.{field}", value, f"use one of {', '.join(choices)}")
-        require(type(self.self_report) is bool, "rules.self_report", self.self_report, "use true or false")
-        for field in ("gamma", "margin"):
-            check_figure(f"rules.{field}", getattr(self, field))
-            require(getattr(self, field) is not None, f"rules.{field}", None, "give a decimal string")
-        check_count("rules.proof_of_work", self.proof_of_work)
-        fits = self.proof_of_work <= MAX_PROOF_OF_WORK
-        require(fits, "rules.proof_of_work", self.proof_of_work, f"use 0 to {MAX_PROOF_OF_WORK} bits")
-
-    def to_canonical(self) -> dict[str, Any]:
-        """Returns the record as a canonical object."""
-        return {
-            "type": self.type,
-            "quorum": self.quorum,
-            "combine": self.combine,
-            "self_report": self.self_report,
-            "gamma": self.gamma,
-            "margin": self.margin,
-            "proof_of_work": self.proof_of_work,
-        }
-
-
-@dataclass(frozen=True)
-class Decision(Statement):
-    """What the leader of a round concludes from its ballots; everybody recomputes it.
-
-    Attributes:
-        task: Name of the task.
-        round: Number of the round.
-        hospital: Id of the leader.
-        errors: Pairs of hospital id and MAE(H_j) of Eq 18 as a decimal string, sorted by id; None without a vote.
-        accepted: Ids whose models were not out-voted, sorted.
-        signature: r ‖ s of the leader, in hex.
-    """
-
-    type: ClassVar[str] = "decision"
-    task: str
-    round: int
-    hospital: str
-    errors: tuple[tuple[str, str | None], ...]
-    accepted: tuple[str, ...]
-    signature: str = ""
-
-    def __post_init__(self) -> None:
-        check_name("decision.task", self.task)
-        check_count("decision.round", self.round)
-        check_digest("decision.hospital", self.hospital)
-        require(type(self.errors) is tuple, "decision.errors", self.errors, "give a tuple of (hospital id, error)")
-        for pair in self.errors:
-            require(type(pair) is tuple and len(pair) == 2, "decision.errors", pair, "give pairs")
-            check_digest("decision.errors", pair[0])
-            check_figure("decision.errors", pair[1])
-        require(type(self.accepted) is tuple, "decision.accepted", self.accepted, "give a tuple of hospital ids")
-        for member in self.accepted:
-            check_digest("decision.accepted", member)
-        check_signature("decision.signature", self.signature)
-
-    def body(self) -> dict[str, Any]:
-        """Returns what the leader's signature covers."""
-        return {
-            "type": self.type,
-            "task": self.task,
-            "round": self.round,
-            "hospital": self.hospital,
-            "errors": [list(pair) for pair in self.errors],
-            "accepted": list(self.accepted),
-        }
+    quorum: Annotated[str, _choice(get_args(Quorum))] = "owner"
+    combine: Annotated[str, _choice(get_args(Combine))] = "median"
+    self_report: Annotated[bool, _check_flag] = False
+    gamma: Annotated[str, _check_number] = "1.0"
+    margin: Figure = "0.15"
+    byzantine: Count = 0
+    proof_of_work: Annotated[int, _check_work] = 0
 
 
 def approvals_needed(rules: ConsensusRules, members: int) -> int:
@@ -129,58 +85,67 @@ def leader_of(height: int, members: Sequence[str]) -> str:
     return sorted(members)[height % len(members)]
 
 
-def tally(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Sequence[str]) -> dict[str, float | None]:
-    """Returns MAE(m_j) of every candidate: the median or mean of the finite errors that others gave it.
+def tally(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Sequence[str]) -> dict[str, Fraction | None]:
+    """Returns MAE(m_j) of every candidate, exactly: the median or mean of the finite errors that others gave it.
+
+    A model that gave nobody a finite error is wrong throughout, 1; one that nobody could vote on has None.
 
     Args:
         rules: of the chain.
         ballots: of one round.
         candidates: ids of the hospitals whose models were voted on.
     """
-    found: dict[str, list[float]] = {candidate: [] for candidate in sorted(candidates)}
+    found: dict[str, list[str | None]] = {candidate: [] for candidate in sorted(candidates)}
     for ballot in ballots:
         for candidate, error in ballot.errors:
-            if error is not None and candidate in found and (rules.self_report or candidate != ballot.hospital):
-                found[candidate].append(float(error))
-    combine = median if rules.combine == "median" else fmean
-    return {candidate: float(combine(errors)) if errors else None for candidate, errors in found.items()}
+            if candidate in found and (rules.self_report or candidate != ballot.hospital):
+                found[candidate].append(error)
+    combine = median if rules.combine == "median" else mean
+    errors = {}
+    for candidate, cast in found.items():
+        finite = [Fraction(error) for error in cast if error is not None]
+        errors[candidate] = Fraction(combine(finite)) if finite else (Fraction(1) if cast else None)
+    return errors
 
 
-def decide(
-    rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Sequence[str]
-) -> tuple[tuple[tuple[str, str | None], ...], tuple[str, ...]]:
-    """Returns the errors of Eq 18 and who is accepted, as a `Decision` holds them.
+def decide(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Sequence[str]) -> tuple[Rows, Rows]:
+    """Returns the errors of Eq 18 and the weights of those that are not out-voted, as a `Decision` holds them.
 
-    A candidate is out-voted when its MAE(m_j) is above the median candidate's by more than the margin, or when
-    no voter found a finite error for it.
+    Out-voted is whose MAE(m_j) is above the median candidate's by more than the margin, or above that of all but the
+    `byzantine` worst; equal errors share one fate. Exact fractions decide, so that every reader decides alike.
     """
     errors = tally(rules, ballots, candidates)
-    finite = [error for error in errors.values() if error is not None]
-    if not finite:
+    known = {candidate: error for candidate, error in errors.items() if error is not None}
+    if not known:
         return tuple((candidate, None) for candidate in errors), ()
-    shared, middle = fmean(finite), float(median(finite))
-    combined = tuple(
-        (candidate, None if error is None else canonical.decimal(float(rules.gamma) * error + shared))
-        for candidate, error in errors.items()
-    )
-    limit = middle + float(rules.margin)
-    accepted = tuple(c for c, error in errors.items() if error is not None and error <= limit)
-    return combined, accepted
+    gamma, shared = Fraction(rules.gamma), mean(known.values())
+    figures = {candidate: float(gamma * error + shared) for candidate, error in known.items()}
+    combined = tuple((c, canonical.decimal(figures[c]) if c in known else None) for c in errors)
+    limit = max(known.values()) if rules.margin is None else median(known.values()) + Fraction(rules.margin)
+    if rules.byzantine and len(known) < 2 * rules.byzantine + 2:
+        return combined, ()
+    limit = min(limit, sorted(known.values())[-1 - rules.byzantine])
+    inverse = {c: 1 / max(figures[c], SMALLEST_ERROR) for c, error in known.items() if error <= limit}
+    total = math.fsum(inverse.values())
+    return combined, tuple((candidate, canonical.decimal(share / total)) for candidate, share in inverse.items())
 
 
-def quantize(error: float) -> str | None:
-    """Returns an error as ballots hold it: clipped to [0, 1], four decimals; None where it is not finite.
+def quantize(error: float | None, decimals: int = 4) -> str | None:
+    """Returns an error as ballots hold it: clipped to [0, 1], a few decimals; None where it is not finite.
 
     An exact error would say more about the voter's records than a vote needs to.
     """
-    return canonical.decimal(round(min(max(error, 0.0), 1.0), 4)) if math.isfinite(error) else None
+    if error is None or not math.isfinite(error):
+        return None
+    return canonical.decimal(round(min(max(error, 0.0), 1.0), decimals))
 
 
-def ballot_of(task: str, round: int, voter: str, errors: Mapping[str, float], nonce: str) -> Ballot:
-    """Returns the unsigned ballot of a voter over `{candidate id: mean absolute error}`."""
+def ballot_of(
+    task: str, round: int, voter: str, errors: Mapping[str, float | None], signer: Signer, chain_id: str, nonce: str
+) -> Ballot:
+    """Returns the signed ballot of a voter over `{candidate id: mean absolute error}`."""
     rows = tuple((candidate, quantize(errors[candidate])) for candidate in sorted(errors))
-    check_errors("ballot.errors", rows)
-    return Ballot(task, round, voter, rows, nonce)
+    return Ballot(task, round, voter, rows, nonce).signed(signer, chain_id)
 
 
 def has_work(digest: bytes, bits: int) -> bool:

@@ -31,6 +31,10 @@ class DamageError(LedgerError):
         self.height = height
 
 
+class VersionError(DamageError):
+    """Bytes that another version of capsfl wrote."""
+
+
 class Divergence(LedgerError):
     """Two histories, or two runs of one round, that should agree do not.
 

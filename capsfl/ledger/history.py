@@ -1,6 +1,6 @@
 """A chain of blocks in memory: no files and no private state but what the blocks say."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -8,10 +8,10 @@ from capsfl.ledger import canonical, merkle
 from capsfl.ledger.block import Block, SignedHead
 from capsfl.ledger.consensus import approvals_needed, has_work
 from capsfl.ledger.errors import DamageError, Divergence, LedgerError
+from capsfl.ledger.fields import check_signature
 from capsfl.ledger.keys import Signer, hospital_id
 from capsfl.ledger.records import Genesis, Record, RoundRecord, record_id
 from capsfl.ledger.rules import Index, admit
-from capsfl.ledger.statements import check_signature
 
 _NO_PREDECESSOR = "0" * 64
 
@@ -22,6 +22,9 @@ class History:
     Blocks link, are signed by the key in the genesis record, and hold at least one record, each admitted by
     `rules.admit`. Where the chain's rules ask for a quorum or for work, every block after the first carries the
     approvals of so many members, over the head with the block in it, and a hash with so many zero bits.
+
+    Approvals beyond the quorum may be taken off a copy: they sign the head, so that no head, hash or decision holds
+    them, and what the chain says is the same without them. Who counts on his own keeps it (`SignedHead.approve`).
     """
 
     def __init__(self) -> None:
@@ -56,13 +59,13 @@ class History:
         signature = self.blocks[size - 1].signature
         return SignedHead(genesis.chain_id, genesis.public_key, size, self._roots[size - 1], signature)
 
-    def next_block(self, records: Sequence[Record], signer: Signer, members: Sequence[Signer] = ()) -> Block:
+    def next_block(self, records: Sequence[Record], signer: Signer, members: Iterable[Signer] = ()) -> Block:
         """Returns the signed block that would extend this history by `records`, without admitting it.
 
         Args:
             records: What the block records.
             signer: The owner's key.
-            members: Keys of the hospitals that approve the block.
+            members: Keys of the hospitals that approve the block; those of others do not count.
 
         Raises:
             LedgerError: a rule does not allow one of the records here, or the key is not the owner's.
@@ -77,8 +80,8 @@ class History:
         frontier = self._frontier.copy()
         frontier.append(block.hash())
         head = SignedHead.sign(signer, header["chain_id"], frontier.size, frontier.root())
-        known = {key: member for member, key in self.index.keys.items()}
-        approvals = sorted((known[m.public_key], head.cosign(m).hex()) for m in members if m.public_key in known)
+        known = {self.index.keys[member]: member for member in self.index.members()}
+        approvals = sorted((known[m.public_key], head.approve(m).hex()) for m in members if m.public_key in known)
         return replace(block, signature=head.signature, approvals=tuple(approvals))
 
     def extend(self, block: Block) -> None:
@@ -126,7 +129,7 @@ class History:
             if member not in members:
                 raise LedgerError(f"approvals: {member[:8]!r} is not a member of the chain")
             check_signature("approvals", signature)
-            if not head.is_cosigned(self.index.keys[member], bytes.fromhex(signature)):
+            if not head.is_approved(self.index.keys[member], bytes.fromhex(signature)):
                 raise LedgerError(f"approvals: the signature of {member[:8]} is not over this block")
         needed = approvals_needed(self.index.rules, len(members)) if self.blocks else 0
         if len(approvers) < needed:

@@ -84,6 +84,21 @@ def save_key(signer: Signer, path: Path | str, passphrase: bytes | None = None) 
         raise KeyFileError(f"{path}: {error.strerror}: choose another place for the key") from None
 
 
+def open_key(path: Path) -> Signer:
+    """Loads a key, or makes it where there is none; encrypted where CAPSFL_KEY_PASSPHRASE is set.
+
+    Raises:
+        KeyFileError: see `load_key` and `save_key`.
+    """
+    passphrase = os.environ.get("CAPSFL_KEY_PASSPHRASE", "").encode() or None
+    for draft in path.parent.glob(f".{path.name}.*.tmp"):
+        draft.unlink(missing_ok=True)  # a secret that a kill left half-way to its name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_key(Signer.generate(), path, passphrase)
+    return load_key(path, passphrase)
+
+
 def _plain(signer: Signer) -> bytes:
     key = SigningKey.from_string(signer.private_key, curve=NIST256p, hashfunc=sha256)
     return key.to_pem(format="pkcs8")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capsfl.ledger import canonical, merkle
-from capsfl.ledger.block import SignedHead
+from capsfl.ledger.block import SignedHead, check_version
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.history import History
 from capsfl.ledger.keys import hospital_id
@@ -73,7 +73,8 @@ def check_proof(data: bytes) -> Proof:
             [bytes.fromhex(node) for node in value[name]] for name in ("record_path", "block_path")
         )
         position, records, height = value["position"], value["records"], header["height"]
-        if header["type"] != "block.v1" or header["signer"] != hospital_id(head.public_key):
+        check_version(header["type"])
+        if header["signer"] != hospital_id(head.public_key):
             raise ValueError
         records_root, chain_id = bytes.fromhex(header["records_root"]), header["chain_id"]
         if not all(type(number) is int for number in (position, records, height)):

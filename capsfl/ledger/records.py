@@ -9,26 +9,29 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from capsfl.ledger import canonical, merkle
-from capsfl.ledger.consensus import ConsensusRules, Decision
+from capsfl.ledger.consensus import ConsensusRules
 from capsfl.ledger.errors import RecordError
 from capsfl.ledger.fields import (
+    Cohort,
+    Count,
+    Digest,
+    Digests,
+    Figure,
+    Name,
+    Patients,
+    PublicKey,
     check_count,
-    check_digest,
-    check_digests,
-    check_figure,
-    check_name,
     check_path,
-    check_patients,
-    check_public_key,
     require,
     shorten,
 )
-from capsfl.ledger.keys import hospital_id, is_chain_id
+from capsfl.ledger.form import Form
+from capsfl.ledger.keys import is_chain_id
 from capsfl.ledger.sharing import AccessPolicy, RetrievalGrant, RetrievalRequest
-from capsfl.ledger.statements import Ballot, Commitment, Revocation, Rotation
+from capsfl.ledger.statements import Ballot, Commitment, Decision, Registration, Revocation, Rotation
 
 _RECORD_DOMAIN = b"capsfl.record.v1\x00"
 
@@ -43,8 +46,12 @@ _DTYPE_BYTES = {
 }  # fmt: skip
 
 
+def _check_chain(field: str, name: object) -> None:
+    require(is_chain_id(name), field, name, "use letters, digits, . _ -")
+
+
 @dataclass(frozen=True)
-class Genesis:
+class Genesis(Form):
     """The first record of a chain: its name and the key that signs its blocks.
 
     Attributes:
@@ -53,64 +60,12 @@ class Genesis:
     """
 
     type: ClassVar[str] = "genesis"
-    chain_id: str
-    public_key: bytes
-
-    def __post_init__(self) -> None:
-        require(is_chain_id(self.chain_id), "genesis.chain_id", self.chain_id, "use letters, digits, . _ -")
-        check_public_key("genesis.public_key", self.public_key)
-
-    def to_canonical(self) -> dict[str, Any]:
-        """Returns the record as a canonical object."""
-        return {"type": self.type, "chain_id": self.chain_id, "public_key": self.public_key.hex()}
+    chain_id: Annotated[str, _check_chain]
+    public_key: PublicKey
 
 
 @dataclass(frozen=True)
-class Registration:
-    """A hospital joins the chain.
-
-    Attributes:
-        hospital_id: SHA-256(domain ‖ compressed public key), in hex: `Signer.hospital_id()`.
-        name: Short name, unique in the chain whatever its case.
-        public_key: Compressed P-256 point, 33 bytes.
-        kind: Kind of data the hospital holds (its community), such as "lung CT".
-        records: Number of records (scans or slices) it holds.
-    """
-
-    type: ClassVar[str] = "registration"
-    hospital_id: str
-    name: str
-    public_key: bytes
-    kind: str
-    records: int
-
-    def __post_init__(self) -> None:
-        check_public_key("registration.public_key", self.public_key)
-        expected = hospital_id(self.public_key)
-        require(
-            self.hospital_id == expected,
-            "registration.hospital_id",
-            self.hospital_id,
-            f"this key's is {expected}",
-        )
-        check_name("registration.name", self.name)
-        check_name("registration.kind", self.kind)
-        check_count("registration.records", self.records)
-
-    def to_canonical(self) -> dict[str, Any]:
-        """Returns the record as a canonical object."""
-        return {
-            "type": self.type,
-            "hospital_id": self.hospital_id,
-            "name": self.name,
-            "public_key": self.public_key.hex(),
-            "kind": self.kind,
-            "records": self.records,
-        }
-
-
-@dataclass(frozen=True)
-class RoundRecord:
+class RoundRecord(Form):
     """What one federated round did, and the model that came out of it.
 
     Figures are decimal strings (`canonical.decimal`), None where there is none (no clipping, no noise).
@@ -130,83 +85,32 @@ class RoundRecord:
         delta: The delta of that epsilon.
         configuration_hash: SHA-256 of the run's configuration, in hex.
         code_version: Version of the code that ran.
-        manifest: Pairs of checkpoint file path and SHA-256 in hex, sorted by path; optional.
         patients: Where patients are the unit of privacy, triples of hospital, number of its patients that this task
             draws from, and their epsilon so far (None when unbounded), sorted by hospital; else None.
     """
 
     type: ClassVar[str] = "round"
-    round: int
-    task: str
-    parameters_digest: str
-    leaves: tuple[tuple[str, str], ...]
-    cohort: tuple[str, ...]
-    sampler: str
-    clip_norm: str | None
-    noise_multiplier: str | None
-    expected_cohort: str | None
-    epsilon: str | None
-    delta: str | None
-    configuration_hash: str
-    code_version: str
-    manifest: tuple[tuple[str, str], ...] | None = None
-    patients: tuple[tuple[str, int, str | None], ...] | None = None
+    round: Count
+    task: Name
+    parameters_digest: Digest
+    leaves: Digests
+    cohort: Cohort
+    sampler: Name
+    clip_norm: Figure
+    noise_multiplier: Figure
+    expected_cohort: Figure
+    epsilon: Figure
+    delta: Figure
+    configuration_hash: Digest
+    code_version: Name
+    patients: Patients = None
 
     def __post_init__(self) -> None:
-        check_count("round.round", self.round)
-        for field in ("task", "sampler", "code_version"):
-            check_name(f"round.{field}", getattr(self, field))
-        check_digests("round.leaves", self.leaves)
-        check_digest("round.parameters_digest", self.parameters_digest)
+        super().__post_init__()
         root = parameters_root(dict(self.leaves))
         require(
-            self.parameters_digest == root,
-            "round.parameters_digest",
-            self.parameters_digest,
-            f"the leaves give {root}",
+            self.parameters_digest == root, "round.parameters_digest", self.parameters_digest, f"the leaves give {root}"
         )
-        require(type(self.cohort) is tuple, "round.cohort", self.cohort, "give a tuple of names")
-        for hospital in self.cohort:
-            check_name("round.cohort", hospital)
-        require(len(set(self.cohort)) == len(self.cohort), "round.cohort", self.cohort, "name a hospital once")
-        for field in ("clip_norm", "noise_multiplier", "expected_cohort", "epsilon", "delta"):
-            check_figure(f"round.{field}", getattr(self, field))
-        check_digest("round.configuration_hash", self.configuration_hash)
-        if self.manifest is not None:
-            check_digests("round.manifest", self.manifest)
-            paths = {path.casefold() for path, _ in self.manifest}
-            require(
-                len(paths) == len(self.manifest),
-                "round.manifest",
-                self.manifest,
-                "two paths differ only in case",
-            )
-        if self.patients is not None:
-            check_patients("round.patients", self.patients)
-
-    def to_canonical(self) -> dict[str, Any]:
-        """Returns the record as a canonical object."""
-        value = {
-            "type": self.type,
-            "round": self.round,
-            "task": self.task,
-            "parameters_digest": self.parameters_digest,
-            "leaves": [list(leaf) for leaf in self.leaves],
-            "cohort": list(self.cohort),
-            "sampler": self.sampler,
-            "clip_norm": self.clip_norm,
-            "noise_multiplier": self.noise_multiplier,
-            "expected_cohort": self.expected_cohort,
-            "epsilon": self.epsilon,
-            "delta": self.delta,
-            "configuration_hash": self.configuration_hash,
-            "code_version": self.code_version,
-        }
-        if self.manifest is not None:
-            value["manifest"] = [list(file) for file in self.manifest]
-        if self.patients is not None:
-            value["patients"] = [list(row) for row in self.patients]
-        return value
 
 
 Record = (
@@ -224,7 +128,6 @@ Record = (
     | RetrievalGrant
 )
 _KINDS: dict[str, type[Record]] = {kind.type: kind for kind in get_args(Record)}
-_SIGNATURES = ("signature", "countersignature", "possession")
 
 
 def from_canonical(value: object) -> Record:
@@ -233,16 +136,25 @@ def from_canonical(value: object) -> Record:
     Raises:
         RecordError: an unknown type, a missing or unknown field, or a field that may not say what it says.
     """
+    return from_object(value, _KINDS)
+
+
+def from_object(value: object, kinds: Mapping[str, type[Any]]) -> Any:
+    """Returns the value of one of the kinds whose canonical object is `value`.
+
+    Raises:
+        RecordError: an unknown type, a missing or unknown field, or a field that may not say what it says.
+    """
     if not isinstance(value, dict):
         raise RecordError(f"a record is an object, not a {type(value).__name__}")
     fields = {key: _from_json(key, item) for key, item in value.items() if key != "type"}
     kind = value.get("type")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise RecordError(f"record type {shorten(kind)} is not one of {', '.join(_KINDS)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise RecordError(f"record type {shorten(kind)} is not one of {', '.join(kinds)}")
     try:
-        return _KINDS[kind](**fields)
+        return kinds[kind](**fields)
     except TypeError:
-        expected = ", ".join(_KINDS[kind].__dataclass_fields__)
+        expected = ", ".join(kinds[kind].__dataclass_fields__)
         raise RecordError(f"{kind}: fields {shorten(sorted(fields))}: expected {expected}") from None
 
 
@@ -251,8 +163,7 @@ def record_id(record: Record) -> str:
 
     Signatures are not part of it: whoever signs a statement again has not made another one.
     """
-    value = {key: item for key, item in record.to_canonical().items() if key not in _SIGNATURES}
-    return sha256(_RECORD_DOMAIN + canonical.encode(value)).hexdigest()
+    return sha256(_RECORD_DOMAIN + canonical.encode(record.body())).hexdigest()
 
 
 def tensor_leaf(path: str, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> bytes:

@@ -5,12 +5,21 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from capsfl.ledger.consensus import ConsensusRules, Decision, decide, leader_of
+from capsfl.ledger.consensus import ConsensusRules, decide, leader_of
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.keys import chain_binding
-from capsfl.ledger.records import Genesis, Record, Registration, RoundRecord, record_id
+from capsfl.ledger.records import Genesis, Record, RoundRecord, record_id
 from capsfl.ledger.sharing import AccessPolicy, RetrievalGrant, RetrievalRequest
-from capsfl.ledger.statements import Ballot, Commitment, Revocation, Rotation, Statement
+from capsfl.ledger.statements import (
+    Ballot,
+    Commitment,
+    Decision,
+    Registration,
+    Revocation,
+    Rotation,
+    RoundStatement,
+    Statement,
+)
 
 RoundKey = tuple[str, int]
 
@@ -103,13 +112,15 @@ def _register(record: Registration, index: Index, height: int) -> None:
         if alias in index.hospitals:
             raise LedgerError(f"registration.name: {record.name!r} or its key is already registered")
         index.hospitals[alias] = record.hospital_id
+    if not record.is_proven(index.binding):
+        raise LedgerError(f"registration.possession: {record.name!r}: not signed by its key on this chain")
     _use_key("registration.public_key", record.hospital_id, record.public_key, index)
 
 
 def _rotate(record: Rotation, index: Index, height: int) -> None:
     _check_signed(record, index)
     _use_nonce(record.hospital, record.nonce, index, height)
-    if not record.is_proven(_chain_id(index)):
+    if not record.is_proven(index.binding):
         raise LedgerError("rotation.possession: not signed by the new key")
     _use_key("rotation.public_key", record.hospital, record.public_key, index)
 
@@ -125,7 +136,7 @@ def _commit(record: Commitment, index: Index, height: int) -> None:
         raise LedgerError(f"commitment.round: the vote on round {record.round} has begun")
     _check_signed(record, index)
     _check_member("commitment.peer", record.peer, index)
-    if not record.is_countersigned(index.keys[record.peer], _chain_id(index)):
+    if not record.is_countersigned(index.keys[record.peer], index.binding):
         raise LedgerError(f"commitment.countersignature: not that of {record.peer[:8]}")
     _use_nonce(record.hospital, record.nonce, index, height)
     earlier = index.commitments.get(place, ())
@@ -139,6 +150,9 @@ def _vote(record: Ballot, index: Index, height: int) -> None:
     _check_signed(record, index)
     _use_nonce(record.hospital, record.nonce, index, height)
     committed = {commitment.hospital for commitment in index.commitments.get(place, ())}
+    # Else ballots of outsiders would make up for those of the cohort that are left out.
+    if record.hospital not in committed:
+        raise LedgerError(f"ballot.hospital: {record.hospital[:8]} has not committed to round {record.round}")
     for candidate, _ in record.errors:
         if candidate not in committed:
             raise LedgerError(f"ballot.errors: {candidate[:8]} has not committed to round {record.round}")
@@ -149,6 +163,14 @@ def _vote(record: Ballot, index: Index, height: int) -> None:
         raise LedgerError(f"ballot.round: round {record.round} is decided")
     if any(other.hospital == record.hospital for other in earlier):
         raise LedgerError(f"ballot.hospital: {record.hospital[:8]} votes twice on round {record.round}")
+    # Else a model could be spared the votes of some. Two ballots tell: all but two candidates stand in both, and of
+    # the two voters each stands in the other's, or in that of a third.
+    for other in earlier[:2]:
+        if odd := _models(record, but=other) ^ _models(other, but=record):
+            raise LedgerError(
+                f"ballot.errors: {min(odd)[:8]} is a candidate on some ballots of round {record.round} only: all list "
+                "the same models"
+            )
     index.ballots[place] = (*earlier, record)
 
 
@@ -166,8 +188,7 @@ def _decide(record: Decision, index: Index, height: int) -> None:
     needed = max(1, -(-2 * len(committed) // 3))
     if len(ballots) < needed:
         raise LedgerError(f"decision.round: {len(ballots)} ballots of {len(committed)} models: it takes {needed}")
-    errors, accepted = decide(index.rules, ballots, committed)
-    if (record.errors, record.accepted) != (errors, accepted):
+    if (record.errors, record.weights) != decide(index.rules, ballots, committed):
         raise LedgerError(f"decision.errors: not what the ballots of round {record.round} give")
     index.decisions[place] = record
 
@@ -202,6 +223,11 @@ def _enter_round(record: RoundRecord, index: Index, height: int) -> None:
         raise LedgerError(f"round.round: the ballots of round {record.round} have no decision")
     index.rounds[place] = record
     index.latest[record.task] = record.round
+
+
+def _models(ballot: Ballot, *, but: Ballot) -> set[str]:
+    """The candidates of a ballot that are neither its voter nor another one's."""
+    return {candidate for candidate, _ in ballot.errors} - {ballot.hospital, but.hospital}
 
 
 def _publish(record: AccessPolicy, index: Index, height: int) -> None:
@@ -239,10 +265,6 @@ def _grant(record: RetrievalGrant, index: Index, height: int) -> None:
     index.grants[record.request] = record
 
 
-def _chain_id(index: Index) -> str:
-    return index.binding
-
-
 def _use_key(where: str, hospital: str, public_key: bytes, index: Index) -> None:
     if public_key in index.used:
         raise LedgerError(f"{where}: a hospital uses this key, or did: generate a new one")
@@ -260,11 +282,11 @@ def _check_member(where: str, hospital: str, index: Index) -> None:
 def _check_signed(record: Statement, index: Index) -> None:
     hospital = record.hospital
     _check_member(f"{record.type}.hospital", hospital, index)
-    if not record.is_signed(index.keys[hospital], _chain_id(index)):
+    if not record.is_signed(index.keys[hospital], index.binding):
         raise LedgerError(f"{record.type}.signature: not that of {hospital[:8]} on this chain")
 
 
-def _check_open_round(record: Commitment | Ballot | Decision, index: Index) -> RoundKey:
+def _check_open_round(record: RoundStatement, index: Index) -> RoundKey:
     latest = index.latest.get(record.task, -1)
     if record.round <= latest:
         raise LedgerError(f"{record.type}.round: {record.round} of task {record.task!r} comes after round {latest}")

@@ -4,10 +4,15 @@ policy -> request -> grant (checked against the policy at that height) -> sealed
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
-from capsfl.ledger.fields import check_count, check_digest, check_name, require
-from capsfl.ledger.statements import Statement, check_nonce, check_signature
+from capsfl.ledger.fields import Count, Digest, Ids, Name, Nonce, Signature, check_count
+from capsfl.ledger.statements import Statement
+
+
+def _check_expiry(field: str, height: object) -> None:
+    if height is not None:
+        check_count(field, height)
 
 
 @dataclass(frozen=True)
@@ -20,40 +25,15 @@ class AccessPolicy(Statement):
         version: 0, then one more with every change.
         allowed: Ids that may retrieve, sorted; empty for nobody.
         expires: Height of the chain from which the policy allows nothing, or None.
-        signature: r ‖ s of the owner, in hex.
     """
 
     type: ClassVar[str] = "policy"
-    hospital: str
-    category: str
-    version: int
-    allowed: tuple[str, ...]
-    expires: int | None = None
-    signature: str = ""
-
-    def __post_init__(self) -> None:
-        check_digest("policy.hospital", self.hospital)
-        check_name("policy.category", self.category)
-        check_count("policy.version", self.version)
-        require(type(self.allowed) is tuple, "policy.allowed", self.allowed, "give a tuple of hospital ids")
-        for member in self.allowed:
-            check_digest("policy.allowed", member)
-        in_order = list(self.allowed) == sorted(set(self.allowed))
-        require(in_order, "policy.allowed", self.allowed, "sort the ids and name each once")
-        if self.expires is not None:
-            check_count("policy.expires", self.expires)
-        check_signature("policy.signature", self.signature)
-
-    def body(self) -> dict[str, Any]:
-        """Returns what the owner's signature covers."""
-        return {
-            "type": self.type,
-            "hospital": self.hospital,
-            "category": self.category,
-            "version": self.version,
-            "allowed": list(self.allowed),
-            "expires": self.expires,
-        }
+    hospital: Digest
+    category: Name
+    version: Count
+    allowed: Ids
+    expires: Annotated[int | None, _check_expiry] = None
+    signature: Signature = ""
 
     def allows(self, requester: str, height: int) -> bool:
         """Tells whether a requester may be granted access in the block at a height."""
@@ -70,34 +50,15 @@ class RetrievalRequest(Statement):
         category: Kind of model or data.
         model: Parameters digest of the model asked for, in hex.
         nonce: 16 bytes in hex, used once.
-        signature: r ‖ s of the requester, in hex.
     """
 
     type: ClassVar[str] = "request"
-    hospital: str
-    owner: str
-    category: str
-    model: str
-    nonce: str
-    signature: str = ""
-
-    def __post_init__(self) -> None:
-        for field in ("hospital", "owner", "model"):
-            check_digest(f"request.{field}", getattr(self, field))
-        check_name("request.category", self.category)
-        check_nonce("request.nonce", self.nonce)
-        check_signature("request.signature", self.signature)
-
-    def body(self) -> dict[str, Any]:
-        """Returns what the requester's signature covers."""
-        return {
-            "type": self.type,
-            "hospital": self.hospital,
-            "owner": self.owner,
-            "category": self.category,
-            "model": self.model,
-            "nonce": self.nonce,
-        }
+    hospital: Digest
+    owner: Digest
+    category: Name
+    model: Digest
+    nonce: Nonce
+    signature: Signature = ""
 
 
 @dataclass(frozen=True)
@@ -109,28 +70,11 @@ class RetrievalGrant(Statement):
         request: Record id of the request, in hex.
         policy_version: Version of the policy that allows it.
         sealed: SHA-256 of the sealed model, in hex.
-        signature: r ‖ s of the owner, in hex.
     """
 
     type: ClassVar[str] = "grant"
-    hospital: str
-    request: str
-    policy_version: int
-    sealed: str
-    signature: str = ""
-
-    def __post_init__(self) -> None:
-        for field in ("hospital", "request", "sealed"):
-            check_digest(f"grant.{field}", getattr(self, field))
-        check_count("grant.policy_version", self.policy_version)
-        check_signature("grant.signature", self.signature)
-
-    def body(self) -> dict[str, Any]:
-        """Returns what the owner's signature covers."""
-        return {
-            "type": self.type,
-            "hospital": self.hospital,
-            "request": self.request,
-            "policy_version": self.policy_version,
-            "sealed": self.sealed,
-        }
+    hospital: Digest
+    request: Digest
+    policy_version: Count
+    sealed: Digest
+    signature: Signature = ""

@@ -119,6 +119,13 @@ def replace(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove(path: Path) -> None:
+    """Removes a file, if it is there; gone from disk when it returns."""
+    with surfaced(path), suppress(FileNotFoundError):
+        os.unlink(path)
+        sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Puts a folder's names on disk."""
     with surfaced(folder):

@@ -5,18 +5,21 @@ recompute them. Whatever cannot be recomputed is UNVERIFIABLE, never OK.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from capsfl.ledger import canonical
-from capsfl.ledger.block import SignedHead
 from capsfl.ledger.consensus import SAFE_MEMBERS
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.history import History, first_difference
 from capsfl.ledger.log import survey
+from capsfl.ledger.manifests import Manifest
 from capsfl.ledger.records import RoundRecord
+from capsfl.ledger.statements import Registration
+from capsfl.ledger.witness import extends, read_head
 
 # Two builds of one accountant may differ in the last digits; a lie worth telling is larger than this.
 _EPSILON_TOLERANCE = 1e-9
@@ -26,6 +29,7 @@ class Status(Enum):
     """What came of a check."""
 
     OK = "OK"
+    WARNING = "warning"
     FAILED = "FAILED"
     UNVERIFIABLE = "unverifiable"
 
@@ -42,6 +46,8 @@ class Finding:
         task: Task of that round, or None.
         leaf: Path of the first tensor (or file) that differs, or None.
         detail: One line for a person.
+        outside: Whether what the check would take lies with others by design, a witness, a voter or a hospital's salt,
+            so that UNVERIFIABLE says nothing against what is there.
     """
 
     check: str
@@ -50,6 +56,12 @@ class Finding:
     task: str | None = None
     leaf: str | None = None
     detail: str = ""
+    outside: bool = False
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a strict auditor objects: a warning, or what should be verifiable here and is not."""
+        return self.status is Status.WARNING or (self.status is Status.UNVERIFIABLE and not self.outside)
 
 
 def verify(
@@ -59,7 +71,7 @@ def verify(
     recompute_epsilon: Callable[[RoundRecord], str | None],
     configuration_hash: str | None,
     witness_head: bytes | None = None,
-    recompute_manifest: Callable[[RoundRecord], Mapping[str, str] | None] | None = None,
+    recompute_manifest: Callable[[RoundRecord], tuple[bytes, Mapping[str, str]] | None] | None = None,
 ) -> list[Finding]:
     """Checks a ledger and everything it says of its rounds; never raises, whatever the files hold.
 
@@ -74,7 +86,9 @@ def verify(
         configuration_hash: SHA-256 (hex) of the run's configuration, or None when it is not at hand.
         witness_head: The bytes of a head kept outside the folder. Only against such a head can a rollback,
             a rewritten chain or a second version of it show.
-        recompute_manifest: Gives the SHA-256 (hex, by path) of the checkpoint files of a round.
+        recompute_manifest: Gives the bytes of a round's signed manifest and the SHA-256 (hex, by path) that the files
+            of its checkpoint have now, None where there is no manifest. Files that differ though every tensor agrees
+            are a WARNING. Without this function files are not looked at.
 
     Returns:
         The findings: on the whole first, then round by round.
@@ -94,7 +108,8 @@ def verify(
     for record in history.rounds.values():
         tensors = _check_tensors(record, recompute_leaves)
         findings.append(tensors)
-        findings.extend(_check_manifest(record, recompute_manifest, tensors.status))
+        if recompute_manifest is not None:
+            findings.extend(_check_manifest(record, history, recompute_manifest, tensors.status))
         findings.extend(_check_epsilon(record, recompute_epsilon))
         findings.append(_check_configuration(record, configuration_hash))
     return findings
@@ -106,27 +121,19 @@ def _check_witness(history: History, data: bytes | None) -> Finding:
             "witness",
             Status.UNVERIFIABLE,
             detail="no witness head given: a rollback or a rewritten chain would not show",
+            outside=True,
         )
 
     def failed(detail: str) -> Finding:
         return Finding("witness", Status.FAILED, detail=detail)
 
     try:
-        witness = SignedHead.decode(data)
+        witness = read_head(data)
     except Exception as error:
         return failed(f"the witness head is unreadable: {_line(error)}")
-    if not witness.is_signed():
-        return failed("the witness head is not signed by the key it names")
-    if not history.blocks:
-        return failed(f"the witness saw {witness.size} blocks, none can be read")
-    genesis = history.genesis
-    if (witness.chain_id, witness.public_key) != (genesis.chain_id, genesis.public_key):
-        return failed(f"the witness saw chain {witness.chain_id} under another key or name: not this ledger")
-    size = len(history.blocks)
-    if not 0 < witness.size <= size:
-        return failed(f"the witness saw {witness.size} blocks, this ledger has {size}: it was rolled back")
-    if history.head(witness.size).root != witness.root:
-        return failed(f"the owner signed two different histories of {witness.size} blocks (equivocation)")
+    fault = extends(history, witness)
+    if fault is not None:
+        return failed(fault)
     return Finding("witness", Status.OK, detail=f"extends the {witness.size} blocks the witness saw")
 
 
@@ -134,25 +141,33 @@ def _check_consensus(history: History) -> Iterator[Finding]:
     """Says what the members' signatures are worth; that they hold, `survey` has checked with every rule."""
     index = history.index
     members = len(index.members())
+    names = {record.hospital_id: record.name for record in _registrations(history)}
     for (task, number), decision in index.decisions.items():
         ballots = index.ballots.get((task, number), ())
-        out_voted = [member[:8] for member, _ in decision.errors if member not in decision.accepted]
-        detail = f"{len(ballots)} ballots give this decision again; out-voted: {', '.join(out_voted) or 'nobody'}"
-        cast = [error for ballot in ballots for error in ballot.errors if error[1] is not None]
-        fewest = min((sum(row[0] == candidate for row in cast) for candidate, _ in decision.errors), default=0)
+        out_voted = [names[member] for member, _ in decision.errors if member not in decision.accepted]
+        detail = f"{len(ballots)} ballots give this decision and its weights again; "
+        detail += f"out-voted: {', '.join(out_voted) or 'nobody'}"
+        status = Status.OK
+        cast = Counter(model for ballot in ballots for model, error in ballot.errors if error is not None)
+        fewest = min((cast[model] for model, error in decision.errors if error is not None), default=SAFE_MEMBERS)
         if fewest < SAFE_MEMBERS - 1:
-            detail += f"; a model with {fewest} votes, where one false voter decides"
-        yield Finding("votes", Status.OK, number, task, None, detail)
+            status, detail = Status.WARNING, f"{detail}; a model with {fewest} votes, where one false voter decides"
+        voters = {ballot.hospital for ballot in ballots}
+        committed = (commitment.hospital for commitment in index.commitments.get((task, number), ()))
+        silent = [names[member] for member in committed if member not in voters]
+        if silent:
+            status, detail = Status.WARNING, f"{detail}; no ballot of {', '.join(silent)}"
+        yield Finding("votes", status, number, task, None, detail)
     if index.decisions:
         detail = (
-            "the errors in the ballots are the voters' word, and that the aggregate left out the out-voted is the "
-            "owner's: neither can be measured again here"
+            "the errors in the ballots are the voters' word, and that the model was weighed by them is the owner's: "
+            "neither can be measured again here"
         )
-        yield Finding("votes", Status.UNVERIFIABLE, detail=detail)
+        yield Finding("votes", Status.UNVERIFIABLE, detail=detail, outside=True)
     if index.commitments:
         count = sum(len(commitments) for commitments in index.commitments.values())
         detail = f"{count} commitments, signed and countersigned; they open with a hospital's salt and update only"
-        yield Finding("commitments", Status.UNVERIFIABLE, detail=detail)
+        yield Finding("commitments", Status.UNVERIFIABLE, detail=detail, outside=True)
     if history.blocks and index.rules.quorum == "owner":
         yield Finding("approvals", Status.OK, detail="the owner alone decides: this chain asks for no approvals")
     elif history.blocks:
@@ -163,35 +178,15 @@ def _check_consensus(history: History) -> Iterator[Finding]:
         yield Finding("approvals", Status.OK, detail=detail)
 
 
+def _registrations(history: History) -> Iterator[Registration]:
+    return (record for block in history.blocks for record in block.records if isinstance(record, Registration))
+
+
 def _check_tensors(record: RoundRecord, recompute: Callable[[RoundRecord], Mapping[str, str] | None]) -> Finding:
-    return _compare("tensors", "tensor", record, dict(record.leaves), recompute)
-
-
-def _check_manifest(
-    record: RoundRecord,
-    recompute: Callable[[RoundRecord], Mapping[str, str] | None] | None,
-    tensors: Status,
-) -> Iterator[Finding]:
-    if record.manifest is None:
-        return
-    finding = _compare("manifest", "file", record, dict(record.manifest), recompute or (lambda _: None))
-    if finding.status is Status.FAILED and tensors is Status.OK:
-        # Checkpoint files are not reproducible, tensors are: a copy saved again differs only here.
-        detail = f"{finding.detail}, though every tensor agrees: saved again?"
-        finding = Finding("manifest", Status.UNVERIFIABLE, record.round, record.task, finding.leaf, detail)
-    yield finding
-
-
-def _compare(
-    check: str,
-    noun: str,
-    record: RoundRecord,
-    recorded: Mapping[str, str],
-    recompute: Callable[[RoundRecord], Mapping[str, str] | None],
-) -> Finding:
     def finding(status: Status, detail: str, leaf: str | None = None) -> Finding:
-        return Finding(check, status, record.round, record.task, leaf, detail)
+        return Finding("tensors", status, record.round, record.task, leaf, detail)
 
+    recorded = dict(record.leaves)
     try:
         found = recompute(record)
         if found is None:
@@ -202,11 +197,38 @@ def _compare(
         return finding(Status.FAILED, f"cannot be read back: {_line(error)}")
     if leaf is None:
         return finding(Status.OK, f"as recorded ({len(recorded)})")
-    if leaf not in found:
-        return finding(Status.FAILED, f"{noun} {leaf} is recorded but gone", leaf)
-    if leaf not in recorded:
-        return finding(Status.FAILED, f"{noun} {leaf} is there but not recorded", leaf)
-    return finding(Status.FAILED, f"{noun} {leaf} is not the recorded one", leaf)
+    wrong = "recorded but gone" if leaf not in found else "there but not recorded"
+    wrong = "not the recorded one" if leaf in found and leaf in recorded else wrong
+    return finding(Status.FAILED, f"tensor {leaf} is {wrong}", leaf)
+
+
+def _check_manifest(
+    record: RoundRecord,
+    history: History,
+    recompute: Callable[[RoundRecord], tuple[bytes, Mapping[str, str]] | None],
+    tensors: Status,
+) -> Iterator[Finding]:
+    def finding(status: Status, detail: str, file: str | None = None) -> Finding:
+        return Finding("manifest", status, record.round, record.task, file, detail)
+
+    try:
+        given = recompute(record)
+        if given is None:
+            if tensors is not Status.UNVERIFIABLE:
+                yield finding(Status.UNVERIFIABLE, "no manifest is kept of its files")
+            return
+        manifest, found = Manifest.decode(given[0]), dict(given[1])
+        manifest.check(record, history.genesis.public_key, history.index.binding)
+        file = first_difference(dict(manifest.files), found)
+    except Exception as error:
+        yield finding(Status.FAILED, f"cannot be read back: {_line(error)}")
+        return
+    if file is None:
+        yield finding(Status.OK, "as written")  # without their number, which Orbax does not repeat
+    else:
+        # Whether the model is another is for its tensors to say.
+        though = ", though every tensor agrees" if tensors is Status.OK else ""
+        yield finding(Status.WARNING, f"file {file} is not as it was written{though}", file)
 
 
 def _check_epsilon(record: RoundRecord, recompute: Callable[[RoundRecord], str | None]) -> Iterator[Finding]:
@@ -219,7 +241,7 @@ def _check_epsilon(record: RoundRecord, recompute: Callable[[RoundRecord], str |
         yield finding(Status.FAILED, f"cannot be recomputed: {_line(error)}")
         return
     if found is None:
-        if record.epsilon is not None or record.noise_multiplier is not None:
+        if record.epsilon is not None or float(record.noise_multiplier or 0) > 0:
             yield finding(Status.UNVERIFIABLE, f"recorded {record.epsilon}, nothing to recompute it from")
         return  # no noise, no claim, nothing to check
     if not canonical.is_decimal(found):

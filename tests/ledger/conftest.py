@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from capsfl.ledger import Ledger, Registration, RoundRecord, Signer, parameters_root, tensor_leaf
+from capsfl.ledger import Ledger, Registration, RoundRecord, Signer, chain_binding, parameters_root, tensor_leaf
 
 
 def _signer(seed: int) -> Signer:
@@ -26,12 +26,21 @@ def stranger() -> Signer:
 
 
 @pytest.fixture(scope="session")
-def registrations() -> tuple[Registration, ...]:
-    """Three hospitals."""
+def registrations_on(owner: Signer) -> Callable[[str], tuple[Registration, ...]]:
+    """Three hospitals, as they register on the owner's chain of a name."""
     signers = {name: _signer(100 + index) for index, name in enumerate(("north", "south", "Öst"))}
-    return tuple(
-        Registration(signer.hospital_id(), name, signer.public_key, "lung CT", 10) for name, signer in signers.items()
-    )
+
+    def build(chain_id: str) -> tuple[Registration, ...]:
+        binding = chain_binding(chain_id, owner.public_key)
+        return tuple(Registration.of(signer, name, "lung CT", 10, binding) for name, signer in signers.items())
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def registrations(registrations_on: Callable[[str], tuple[Registration, ...]]) -> tuple[Registration, ...]:
+    """Three hospitals of the chain "trial-1"."""
+    return registrations_on("trial-1")
 
 
 @pytest.fixture(scope="session")

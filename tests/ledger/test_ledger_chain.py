@@ -9,7 +9,17 @@ import zlib
 
 import pytest
 
-from capsfl.ledger import Genesis, Ledger, Registration, SignedHead, Signer, canonical, merkle, save_key
+from capsfl.ledger import (
+    Genesis,
+    Ledger,
+    Registration,
+    SignedHead,
+    Signer,
+    canonical,
+    chain_binding,
+    merkle,
+    save_key,
+)
 from capsfl.ledger.block import Block
 from capsfl.ledger.errors import DamageError, Divergence, LedgerError, LockedError, StorageError
 from capsfl.ledger.log import parse, parse_whole
@@ -95,7 +105,7 @@ def test_every_block_with_a_byte_changed_under_a_right_checksum_is_refused_at_it
 @pytest.mark.torture
 def test_every_bit_flip_of_a_log_is_refused_at_the_height_it_hits(tmp_path, owner, round_record, registrations):
     folder = tmp_path / "ledger"
-    with Ledger.create(folder, signer=owner, chain_id="c", registrations=registrations) as ledger:
+    with Ledger.create(folder, signer=owner, chain_id="trial-1", registrations=registrations) as ledger:
         ledger.append(round_record(0))
         ledger.append(round_record(1))
         log = ledger.export()
@@ -117,10 +127,12 @@ def test_every_bit_flip_of_a_log_is_refused_at_the_height_it_hits(tmp_path, owne
             Ledger.open(folder)
 
 
-def test_a_block_of_another_chain_or_another_history_is_refused(chain, tmp_path, owner, registrations, round_record):
+def test_a_block_of_another_chain_or_another_history_is_refused(chain, tmp_path, owner, registrations_on, round_record):
     original = _payloads((chain / "log").read_bytes())
     for name, chain_id, value in (("other", "trial-2", None), ("same", "trial-1", 99.0)):
-        with Ledger.create(tmp_path / name, signer=owner, chain_id=chain_id, registrations=registrations) as other:
+        with Ledger.create(
+            tmp_path / name, signer=owner, chain_id=chain_id, registrations=registrations_on(chain_id)
+        ) as other:
             for number in range(3):
                 other.append(round_record(number, value=value if number == 2 else None))
         spliced = _payloads((tmp_path / name / "log").read_bytes())
@@ -181,7 +193,7 @@ def test_a_log_cut_below_its_head_is_damage_never_a_shorter_ledger(chain, owner,
 
 def test_a_torn_record_at_every_offset_is_dropped_and_a_whole_one_kept(tmp_path, owner, round_record, registrations):
     folder = tmp_path / "ledger"
-    with Ledger.create(folder, signer=owner, chain_id="c", registrations=registrations[:2]) as ledger:
+    with Ledger.create(folder, signer=owner, chain_id="trial-1", registrations=registrations[:2]) as ledger:
         old_log, old_head = ledger.export(), (folder / "head").read_bytes()
         record = round_record(0, cohort=("north",))
         ledger.append(record)
@@ -251,7 +263,7 @@ def test_a_rerun_that_differs_names_the_round_and_the_first_tensor_or_field(chai
 def test_rounds_go_up_name_registered_hospitals_and_hospitals_register_once(chain, owner, registrations, round_record):
     def renamed(name: str, seed: int) -> Registration:
         signer = Signer(seed.to_bytes(32, "big"))
-        return Registration(signer.hospital_id(), name, signer.public_key, "lung CT", 1)
+        return Registration.of(signer, name, "lung CT", 1, chain_binding("trial-1", owner.public_key))
 
     first = registrations[0]
     with Ledger.open(chain, owner) as ledger:
@@ -281,11 +293,11 @@ def test_rounds_go_up_name_registered_hospitals_and_hospitals_register_once(chai
 
 
 def test_a_chain_begins_with_one_genesis_and_no_block_is_empty(owner, registrations):
-    genesis = Genesis("c", owner.public_key)
+    genesis = Genesis("trial-1", owner.public_key)
     for records in ((), registrations, (genesis, genesis), (registrations[0], genesis)):
         leaves = [merkle.leaf_hash(canonical.encode(record.to_canonical())) for record in records]
-        unsigned = Block("c", 0, "0" * 64, merkle.root(leaves).hex(), owner.hospital_id(), tuple(records), b"")
-        head = SignedHead.sign(owner, "c", 1, merkle.root([unsigned.hash()]))
+        unsigned = Block("trial-1", 0, "0" * 64, merkle.root(leaves).hex(), owner.hospital_id(), tuple(records), b"")
+        head = SignedHead.sign(owner, "trial-1", 1, merkle.root([unsigned.hash()]))
         block = dataclasses.replace(unsigned, signature=head.signature)
         with pytest.raises(DamageError, match=r"block 0: .*(genesis|at least one)"):
             parse_whole(_frames([block.encode()]))

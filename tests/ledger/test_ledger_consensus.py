@@ -1,8 +1,10 @@
 """Five hospitals decide together: what a block needs, what a vote can do, and what every lie meets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from hashlib import sha256
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +16,7 @@ from capsfl.ledger import (
     Commitment,
     ConsensusRules,
     Decision,
+    Finding,
     Genesis,
     Ledger,
     LedgerError,
@@ -24,14 +27,18 @@ from capsfl.ledger import (
     RoundRecord,
     SignedHead,
     Signer,
+    Status,
+    VersionError,
+    canonical,
     commit,
     decide,
     leader_of,
     opens,
     record_id,
     tally,
+    verify,
 )
-from capsfl.ledger.assembly import assemble_round
+from capsfl.ledger.assembly import assemble_round, longest_statements
 from capsfl.ledger.consensus import approvals_needed, has_work, quantize
 from capsfl.ledger.history import History
 from capsfl.ledger.keys import chain_binding
@@ -55,9 +62,12 @@ class Hospitals:
         keys = [Signer((200 + index).to_bytes(32, "big")) for index in range(count)]
         self.signers = {key.hospital_id(): key for key in keys}
         self.ids = dict(zip(NAMES, self.signers, strict=False))
-        self.registrations = [
-            Registration(member, name, self.signers[member].public_key, "lung CT", 10)
-            for name, member in self.ids.items()
+        self.registrations = self.registered(BOUND)
+
+    def registered(self, chain_id: str) -> list[Registration]:
+        """Their registrations on the chain of this binding."""
+        return [
+            Registration.of(self.signers[member], name, "lung CT", 10, chain_id) for name, member in self.ids.items()
         ]
 
     def history(self, **rules: object) -> History:
@@ -194,8 +204,8 @@ def test_of_three_hospitals_one_lying_voter_out_votes_an_honest_model():
         Ballot("t", 0, ids[voter], tuple(sorted((ids[c], quantize(e)) for c, e in row.items())), "00" * 16)
         for voter, row in honest.items()
     ]
-    _, accepted = decide(ConsensusRules(), ballots, candidates)
-    assert accepted == (ids["birch"], ids["cedar"])  # the median of two is their mean: .6
+    _, weights = decide(ConsensusRules(), ballots, candidates)
+    assert [member for member, _ in weights] == [ids["birch"], ids["cedar"]]  # the median of two is their mean: .6
 
 
 @given(st.data())
@@ -210,18 +220,18 @@ def test_the_tally_is_the_median_of_what_others_found_and_gamma_does_not_change_
         found = tally(rules, ballots, candidates)
         for candidate in candidates:
             scores = sorted(
-                float(error)
+                Fraction(error)
                 for ballot in ballots
                 for c, error in ballot.errors
                 if c == candidate and error is not None and (self_report or ballot.hospital != c)
             )
             n = len(scores)
-            expected = None if not n else (scores[(n - 1) // 2] + scores[n // 2]) / 2
-            assert found[candidate] == expected
+            assert found[candidate] == (1 if not n else (scores[(n - 1) // 2] + scores[n // 2]) / 2)
     ones, _ = decide(ConsensusRules(gamma="1.0"), ballots, candidates)
-    threes, accepted = decide(ConsensusRules(gamma="3.0"), ballots, candidates)
+    threes, weights = decide(ConsensusRules(gamma="3.0"), ballots, candidates)
     zeros, same = decide(ConsensusRules(gamma="0.0"), ballots, candidates)
-    assert accepted == same
+    assert [member for member, _ in weights] == [member for member, _ in same]
+    assert sum(float(str(weight)) for _, weight in weights) == pytest.approx(1)
     assert len({error for _, error in zeros if error is not None}) <= 1
 
     def ranking(rows):
@@ -245,8 +255,8 @@ def test_the_mean_can_be_moved_by_one_liar_and_the_median_cannot():
         )
         for v in candidates
     ]
-    assert tally(ConsensusRules(), ballots, candidates)[candidates[0]] == pytest.approx(0.11)
-    assert tally(ConsensusRules(combine="mean"), ballots, candidates)[candidates[0]] == pytest.approx(0.3325)
+    assert float(tally(ConsensusRules(), ballots, candidates)[candidates[0]] or 0) == pytest.approx(0.11)
+    assert tally(ConsensusRules(combine="mean"), ballots, candidates)[candidates[0]] == Fraction("0.3325")
 
 
 def test_a_commitment_opens_with_its_own_salt_and_update_only(five):
@@ -281,8 +291,9 @@ def test_every_lie_about_a_round_is_refused_by_name(five, round_of):
     whitewashed = tuple(
         sorted((*decision.errors[:loser], (decision.errors[loser][0], "0.5"), *decision.errors[loser + 1 :]))
     )
+    shares = tuple((member, "0.2") for member in sorted(others))
     for changed, words in (
-        (records[1:], "round.cohort: not those who committed|ballot.errors"),
+        (records[1:], r"ballot\.hospital: .* has not committed to round 0"),
         ((*records[:10], record), "the ballots of round 0 have no decision"),
         ((*records[:5], replace(record, cohort=NAMES[:4])), "round.cohort: not those who committed"),
         ((*records[:4], record), "round.cohort: not those who committed"),
@@ -305,7 +316,7 @@ def test_every_lie_about_a_round_is_refused_by_name(five, round_of):
         (_resigned(five, records, 5, errors=(("0" * 64, "0.1"),)), "has not committed"),
         ((*records[:11], *records[5:6], record), "already in the chain"),
         ((*records[:6], _resigned(five, records, 5, nonce="34" * 16)[5], *records[6:]), "votes twice"),
-        (_resigned(five, records, 10, accepted=tuple(sorted(others))), "not what the ballots"),
+        (_resigned(five, records, 10, weights=shares), "not what the ballots"),
         (_resigned(five, records, 10, errors=whitewashed), "not what the ballots"),
         (
             _resigned(five, records, 10, hospital=next(o for o in others if o != decision.hospital)),
@@ -349,10 +360,12 @@ def test_statements_do_not_replay_in_the_round_a_later_round_or_another_chain(fi
     rules = ConsensusRules(quorum="two_thirds")
     twin = History()  # of the same name, by another owner
     thief = Signer((9).to_bytes(32, "big"))
-    twin.extend(twin.next_block((Genesis(CHAIN, thief.public_key), rules, *five.registrations), thief))
+    twin_members = five.registered(chain_binding(CHAIN, thief.public_key))
+    twin.extend(twin.next_block((Genesis(CHAIN, thief.public_key), rules, *twin_members), thief))
     with pytest.raises(LedgerError, match=r"commitment\.signature"):
         twin.extend(twin.next_block(records, thief, list(five.signers.values())))
-    other.extend(other.next_block((Genesis("trial-6", five.owner.public_key), rules, *five.registrations), five.owner))
+    members = five.registered(chain_binding("trial-6", five.owner.public_key))
+    other.extend(other.next_block((Genesis("trial-6", five.owner.public_key), rules, *members), five.owner))
     with pytest.raises(LedgerError, match=r"commitment\.signature"):
         five.extend(other, records)
     stale = _resigned(five, records, 0, nonce="12" * 16)
@@ -394,10 +407,12 @@ def test_a_revoked_hospital_neither_signs_nor_counts(five, round_of):
     with pytest.raises(LedgerError, match="was revoked in block 1"):
         five.extend(history, (Revocation(elm, "again"),), 4)
     records = five.propose(history, round_of(0, cohort=NAMES[:4]))
-    with pytest.raises(LedgerError, match=r"more than the members|not a member"):
-        five.extend(history, records, 5)
-    four = [signer for member, signer in five.signers.items() if member != elm]
-    history.extend(history.next_block(records, five.owner, four))
+    block = history.next_block(records, five.owner, list(five.signers.values()))
+    assert elm not in dict(block.approvals), "a key that is given but revoked approves nothing"
+    for approvals in ((*block.approvals, (elm, "00" * 64)), (*block.approvals[1:], (elm, "00" * 64))):
+        with pytest.raises(LedgerError, match=r"more than the members|not a member"):
+            history.extend(replace(block, approvals=tuple(sorted(approvals))))
+    history.extend(block)
 
 
 def test_leaders_take_turns(five):
@@ -492,9 +507,8 @@ def test_the_first_block_holds_rules_and_members_only(five, round_of):
 
 def test_nobody_commits_once_the_vote_has_begun(five, round_of):
     history = five.history()
-    records = five.propose(
-        history, round_of(0, cohort=NAMES[:4]), {v: {c: 0.2 for c in NAMES[:4] if c != v} for v in NAMES}
-    )
+    four = NAMES[:4]
+    records = five.propose(history, round_of(0, cohort=four), {v: {c: 0.2 for c in four if c != v} for v in four})
     late = five.propose(history, round_of(0))
     commitment = next(r for r in late if r.hospital == five.ids["elm"])
     with pytest.raises(LedgerError, match="the vote on round 0 has begun"):
@@ -513,13 +527,93 @@ def test_a_leader_cannot_choose_by_leaving_ballots_out(five, round_of):
         five.extend(history, (*none[:-1], empty.signed(five.signers[leader], BOUND), none[-1]))
 
 
+def test_who_has_not_committed_casts_no_vote_and_makes_up_for_none(five, round_of):
+    history, four = five.history(), NAMES[:4]
+    votes = {v: {c: 0.2 for c in four if c != v} for v in ("ash", "birch", "elm")}
+    with pytest.raises(LedgerError, match=rf"ballot\.hospital: {five.ids['elm'][:8]} has not committed to round 0"):
+        five.extend(history, five.propose(history, round_of(cohort=four), votes))
+
+
+def test_no_voter_spares_a_model_the_others_judge(five, round_of):
+    first, second, *_, last = sorted(NAMES, key=five.ids.__getitem__)  # in the order of their ballots
+    for voter, spared in ((first, second), (first, last), (second, first), (second, last), (last, first)):
+        history, votes = five.history(), _measured({})
+        del votes[voter][spared]
+        words = r"ballot\.errors: .* is a candidate on some ballots of round 0 only: all list the same models"
+        with pytest.raises(LedgerError, match=words):
+            five.extend(history, five.propose(history, round_of(), votes))
+        assert len(history.blocks) == 1
+
+
+def test_a_model_on_which_nobody_could_vote_is_on_no_ballot(five, round_of):
+    history = five.history()
+    votes = {v: {c: 0.2 for c in NAMES if c not in (v, "elm")} for v in NAMES}
+    five.extend(history, five.propose(history, round_of(), votes))
+    assert dict(history.index.decisions["segmentation", 0].errors)[five.ids["elm"]] is None
+
+
+def _findings(five: Hospitals, folder, record: RoundRecord, votes: Mapping[str, Mapping[str, float]]) -> list[Finding]:
+    """What `verify` says of consensus on a chain of this round."""
+    rules = ConsensusRules(quorum="two_thirds")
+    with Ledger.create(
+        folder, signer=five.owner, chain_id=CHAIN, registrations=five.registrations, rules=rules
+    ) as ledger:
+        ledger.append(*five.propose(ledger._history, record, votes), members=five.signers.values())
+    return verify(
+        folder, recompute_leaves=lambda r: dict(r.leaves), recompute_epsilon=lambda r: r.epsilon,
+        configuration_hash=record.configuration_hash,
+    )  # fmt: skip
+
+
+def test_missing_ballots_and_too_few_votes_are_warnings_that_name_them(five, round_of, tmp_path):
+    def votes(kind: str, record: RoundRecord, given: Mapping[str, Mapping[str, float]]) -> tuple[Status, str]:
+        found = [f for f in _findings(five, tmp_path / kind, record, given) if f.check == "votes" and f.round == 0]
+        (finding,) = found
+        return finding.status, finding.detail.split("; ", 2)[-1]
+
+    assert votes("whole", round_of(), _measured({})) == (Status.OK, "out-voted: nobody")
+    without = {voter: row for voter, row in _measured({}).items() if voter != "dogwood"}
+    assert votes("silent", round_of(), without) == (Status.WARNING, "no ballot of dogwood")
+    three = NAMES[:3]
+    few = {v: {c: 0.2 for c in three if c != v} for v in three}
+    assert votes("few", round_of(cohort=three), few) == (
+        Status.WARNING,
+        "a model with 2 votes, where one false voter decides",
+    )
+    nobody = {v: {c: 0.2 for c in NAMES if c not in (v, "elm")} for v in NAMES}  # could vote on elm's
+    assert votes("not finite", round_of(), nobody) == (Status.OK, "out-voted: elm")
+
+
+def test_what_others_keep_by_design_raises_no_doubt_and_nothing_else_is_excused(five, round_of, tmp_path):
+    findings = _findings(five, tmp_path / "chain", round_of(), _measured({}))
+    outside = [(f.check, f.status) for f in findings if f.outside]
+    assert outside == [(check, Status.UNVERIFIABLE) for check in ("witness", "votes", "commitments")]
+    assert not any(finding.doubtful for finding in findings)
+    for status, outside, doubtful in (
+        (Status.UNVERIFIABLE, False, True), (Status.UNVERIFIABLE, True, False), (Status.WARNING, False, True),
+        (Status.OK, False, False),
+    ):  # fmt: skip
+        assert Finding("tensors", status, outside=outside).doubtful is doubtful
+
+
+@pytest.mark.parametrize("ballots", [False, True])
+def test_no_block_of_a_round_is_longer_than_its_bound_which_is_near(five, round_of, ballots):
+    history = five.history(proof_of_work=1)
+    votes = {v: {c: 0.1234 for c in NAMES if c != v} for v in NAMES} if ballots else None
+    five.extend(history, five.propose(history, round_of(), votes))
+    block = history.blocks[-1]
+    rest = len(canonical.encode(block.records[-1].to_canonical()))
+    bound = longest_statements("segmentation", members=5, cohort=5, ballots=ballots)
+    assert 0.85 * bound < len(block.encode()) - rest <= bound
+
+
 def test_one_key_is_never_two_members(five):
     history = five.history(quorum="owner")
     old, new = five.signers[five.ids["ash"]], Signer((77).to_bytes(32, "big"))
     rotation = Rotation(five.ids["ash"], new.public_key, "ab" * 16).signed(old, BOUND).proven(new, BOUND)
     five.extend(history, (rotation,), 0)
     for key in (new, old):
-        twin = Registration(key.hospital_id(), "twin", key.public_key, "lung CT", 1)
+        twin = Registration.of(key, "twin", "lung CT", 1, BOUND)
         with pytest.raises(LedgerError, match=r"uses this key, or did|already registered"):
             five.extend(history, (twin,), 0)
     back = Rotation(five.ids["ash"], old.public_key, "ac" * 16).signed(new, BOUND).proven(old, BOUND)
@@ -536,7 +630,69 @@ def test_patients_are_those_of_registered_hospitals_and_of_all_of_the_cohort(fiv
     five.extend(history, (round_of(0, patients=rows),), 0)
 
 
-def test_a_block_of_a_newer_version_says_so(five):
-    block = five.history().blocks[0].encode().replace(b"block.v1", b"block.v9")
-    with pytest.raises(LedgerError, match=r"written by another version of capsfl \(block\.v9\)"):
+def test_nobody_registers_with_a_key_he_does_not_hold(five, stranger):
+    history = five.history(quorum="owner")
+    honest = Registration.of(stranger, "oak", "lung CT", 1, BOUND)
+    for bad in (
+        replace(honest, possession=""),
+        honest.proven(five.owner, BOUND),
+        honest.proven(stranger, chain_binding("trial-6", five.owner.public_key)),
+        replace(honest, records=2),
+    ):
+        with pytest.raises(LedgerError, match=r"registration\.possession: 'oak': not signed by its key on this chain"):
+            five.extend(history, (bad,), 0)
+    five.extend(history, (honest,), 0)
+
+
+def test_the_worst_models_are_out_voted_equal_ones_alike_and_a_small_crowd_decides_nothing():
+    ids = [f"{index:064x}" for index in range(6)]
+
+    def accepted(errors: Sequence[str | None], **rules: Any) -> list[int]:
+        rows = [tuple((c, e) for c, e in zip(ids, errors, strict=False) if c != v and e != "?") for v in ids]
+        ballots = [Ballot("t", 0, v, row, "00" * 16) for v, row in zip(ids, rows, strict=True)]
+        settings: dict[str, Any] = {"margin": None} | rules
+        stated = ConsensusRules(**settings)
+        combined, weights = decide(stated, ballots, ids[: len(errors)])
+        assert [member for member, _ in combined] == ids[: len(errors)]
+        shared = [float(e) for e in (1.0 if e is None else e for e in errors) if e != "?"]
+        for member, weight in weights:
+            mine = float(errors[ids.index(member)] or 1.0) + sum(shared) / len(shared)
+            others = [float(errors[ids.index(m)] or 1.0) + sum(shared) / len(shared) for m, _ in weights]
+            assert float(str(weight)) == pytest.approx((1 / mine) / sum(1 / other for other in others))
+        return [ids.index(member) for member, _ in weights]
+
+    assert accepted(["0.1", "0.2", "0.9", "0.3"], byzantine=1) == [0, 1, 3]
+    assert accepted(["0.1", "0.2", "0.2", "0.1"], byzantine=1) == [0, 1, 2, 3]
+    assert accepted(["0.1", "0.2", None, "0.2"], byzantine=1) == [0, 1, 3]  # no finite error counts as 1
+    assert accepted(["0.1", "0.2", "?", "0.2"]) == [0, 1, 3]  # on an update that is not finite nobody votes
+    assert accepted(["0.1", "0.2", "?", "0.2"], byzantine=1) == []
+    assert accepted(["0.1", "0.2", "0.9"], byzantine=1) == []
+    assert accepted(["0.1", "0.2", "0.9", "0.35"], margin="0.1") == [0, 1, 3]
+    assert accepted(["0.1", "0.2", "0.9", "0.35"], margin="0.0") == [0, 1]
+    assert accepted(["?", "?"], byzantine=0) == []
+
+
+def test_approvals_beyond_the_quorum_come_off_and_change_nothing_that_the_chain_says(five, round_of):
+    history = five.history()
+    block = history.next_block(
+        five.propose(history, round_of(), _measured({})), five.owner, list(five.signers.values())
+    )
+    stripped = replace(block, approvals=block.approvals[1:])
+    assert stripped.hash() == block.hash()
+    fewer = five.history()
+    with pytest.raises(LedgerError, match="3 of 5 members, the rules ask for 4"):
+        fewer.extend(replace(block, approvals=block.approvals[2:]))
+    fewer.extend(stripped)
+    history.extend(block)
+    assert fewer.head() == history.head()
+    member, signature = block.approvals[0]
+    # Whoever approved holds a signature that still stands for the whole chain.
+    assert fewer.head().is_approved(five.signers[member].public_key, bytes.fromhex(signature))
+
+
+def test_a_block_of_another_version_says_so(five):
+    block = five.history().blocks[0].encode().replace(b"block.v2", b"block.v9")
+    with pytest.raises(VersionError, match=r"written by a newer version of capsfl \(block\.v9, "):
         Block.decode(block)
+    with pytest.raises(VersionError, match=r"written by an older version of capsfl \(block\.v1, "):
+        Block.decode(block.replace(b"block.v9", b"block.v1"))

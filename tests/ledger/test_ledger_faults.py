@@ -80,7 +80,7 @@ def test_a_faulty_append_leaves_the_old_ledger_or_the_new_and_loses_nothing(
     tmp_path, owner, registrations, round_record
 ):
     before, folder = tmp_path / "before", tmp_path / "ledger"
-    with Ledger.create(before, signer=owner, chain_id="c", registrations=registrations[:2]) as ledger:
+    with Ledger.create(before, signer=owner, chain_id="trial-1", registrations=registrations[:2]) as ledger:
         ledger.append(round_record(0, cohort=("north",)))
     new = round_record(1, cohort=("south",))
 
@@ -117,12 +117,12 @@ def test_a_faulty_creation_can_be_made_again(tmp_path, owner, registrations):
     def act() -> None:
         with mock.patch.multiple(os, **_REAL):
             shutil.rmtree(folder, ignore_errors=True)
-        Ledger.create(folder, signer=owner, chain_id="c", registrations=registrations[:1]).close()
+        Ledger.create(folder, signer=owner, chain_id="trial-1", registrations=registrations[:1]).close()
 
     def check(done: bool) -> None:
         assert Ledger.exists(folder) or not done
         if not Ledger.exists(folder):
-            Ledger.create(folder, signer=owner, chain_id="c", registrations=registrations[:1]).close()
+            Ledger.create(folder, signer=owner, chain_id="trial-1", registrations=registrations[:1]).close()
         with Ledger.open(folder, owner) as ledger:
             assert len(ledger.blocks()) == 1
 
@@ -131,7 +131,9 @@ def test_a_faulty_creation_can_be_made_again(tmp_path, owner, registrations):
 
 def test_a_faulty_restore_can_be_made_again_from_the_same_checkpoint(tmp_path, owner, registrations, round_record):
     folder = tmp_path / "ledger"
-    with Ledger.create(tmp_path / "source", signer=owner, chain_id="c", registrations=registrations[:1]) as ledger:
+    with Ledger.create(
+        tmp_path / "source", signer=owner, chain_id="trial-1", registrations=registrations[:1]
+    ) as ledger:
         ledger.append(round_record(0, cohort=("north",)))
         data = ledger.export()
 
@@ -177,7 +179,7 @@ except StorageError as error:
 def test_a_writer_killed_at_any_moment_keeps_every_acknowledged_round(tmp_path, owner, registrations, round_record):
     save_key(owner, tmp_path / "key.pem")
     folder = tmp_path / "ledger"
-    with Ledger.create(folder, signer=owner, chain_id="c", registrations=registrations) as ledger:
+    with Ledger.create(folder, signer=owner, chain_id="trial-1", registrations=registrations) as ledger:
         ledger.append(round_record(0))
     script = """
 import dataclasses, sys

@@ -23,14 +23,14 @@ def test_patients_come_back_and_are_part_of_what_is_signed(round_record):
     [
         ((), "give a tuple"),
         ([("north", 1, None)], "give a tuple"),
-        ((("north", 1),), "give triples"),
+        ((("north", 1),), "give rows of 3"),
         ((("north", -1, None),), "use an integer"),
         ((("north", True, None),), "use an integer"),
         ((("north", 1, "-2.0"),), "non-negative"),
         ((("north", 1, 2.0),), "non-negative"),
         ((("a/b", 1, None),), "printable"),
-        (ROWS[::-1], "sort the hospitals"),
-        ((ROWS[0], ROWS[0]), "sort the hospitals"),
+        (ROWS[::-1], "sort the rows"),
+        ((ROWS[0], ROWS[0]), "sort the rows"),
     ],
 )
 def test_rows_that_may_not_stand_there_are_refused(round_record, rows, message):

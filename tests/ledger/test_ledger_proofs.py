@@ -61,7 +61,7 @@ def test_the_path_to_one_of_1000_blocks_is_at_most_320_bytes(tmp_path, owner, re
     from capsfl.ledger.records import Genesis
 
     history = History()
-    history.extend(history.next_block((Genesis("long", owner.public_key), *registrations), owner))
+    history.extend(history.next_block((Genesis("trial-1", owner.public_key), *registrations), owner))
     for number in range(999):
         history.extend(history.next_block((round_record(number),), owner))
     sizes = []

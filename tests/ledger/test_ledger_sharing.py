@@ -37,7 +37,7 @@ MODEL = "ab" * 32
 def _history() -> History:
     history = History()
     members = [
-        Registration(key.hospital_id(), name, key.public_key, "lung CT", 3)
+        Registration.of(key, name, "lung CT", 3, BOUND)
         for name, key in (("ash", ASH), ("birch", BIRCH), ("cedar", CEDAR))
     ]
     history.extend(history.next_block((Genesis(CHAIN, OWNER.public_key), *members), OWNER))

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from capsfl.ledger import Finding, Ledger, SignedHead, Status, storage, verify
+from capsfl.ledger import Finding, Ledger, SignedHead, Status, chain_binding, storage, verify
 from capsfl.ledger.log import parse_whole
+from capsfl.ledger.manifests import Manifest
 
 _CONFIGURATION = "0c" * 32
 
@@ -104,7 +105,7 @@ def test_what_breaks_while_it_is_recomputed_fails_and_stops_nothing(chain):
 def test_an_understated_epsilon_fails_and_the_last_digits_of_a_platform_do_not(
     tmp_path, owner, registrations, round_record
 ):
-    with Ledger.create(tmp_path / "l", signer=owner, chain_id="c", registrations=registrations) as ledger:
+    with Ledger.create(tmp_path / "l", signer=owner, chain_id="trial-1", registrations=registrations) as ledger:
         ledger.append(round_record(0, epsilon="2.0"))
         ledger.append(round_record(1, epsilon=None))
         ledger.append(round_record(2, epsilon=None, noise_multiplier=None))
@@ -129,18 +130,35 @@ def test_another_configuration_fails(chain):
     assert finding.status is Status.FAILED
 
 
-def test_a_manifest_alone_that_differs_is_neither_ok_nor_a_failure(tmp_path, owner, registrations, round_record):
-    with Ledger.create(tmp_path / "l", signer=owner, chain_id="c", registrations=registrations) as ledger:
-        ledger.append(round_record(0, manifest=(("d/0", "00" * 32),)))
+def test_a_manifest_alone_that_differs_is_a_warning(chain, owner, stranger):
+    binding = chain_binding("trial-1", owner.public_key)
+    record = Ledger.open(chain).find("segmentation", 0)
+    assert record is not None
+    files = {"d/0": "00" * 32}
+    data = Manifest.of(record, files, owner, binding).encode()
+    assert Manifest.decode(data).encode() == data
 
-    def manifest(recompute, **others):
-        return _only(_audit(tmp_path / "l", recompute_manifest=recompute, **others), "manifest", 0)
+    def check(data: bytes, found: dict[str, str], **others) -> Finding:
+        given = {0: (data, found)}
+        findings = _audit(chain, recompute_manifest=lambda record: given.get(record.round), **others)
+        return _only(findings, "manifest", 0)
 
-    assert manifest(None).status is Status.UNVERIFIABLE
-    assert manifest(lambda _: {"d/0": "00" * 32}).status is Status.OK
-    changed = manifest(lambda _: {"d/0": "11" * 32})
-    assert (changed.status, changed.leaf) == (Status.UNVERIFIABLE, "d/0")
-    assert manifest(lambda _: {"d/0": "11" * 32}, leaves=lambda _: {}).status is Status.FAILED
+    assert check(data, files).status is Status.OK
+    for other in ({"d/0": "11" * 32}, {"d/1": "00" * 32}, {}):
+        changed = check(data, other)
+        assert (changed.status, changed.leaf) == (Status.WARNING, "d/0")
+    assert "agrees" not in check(data, {"d/0": "11" * 32}, leaves=lambda _: {}).detail
+    later = Ledger.open(chain).find("segmentation", 1)
+    assert later is not None
+    for bad in (
+        Manifest.of(record, files, stranger, binding).encode(),
+        Manifest.of(record, files, owner, "another-chain").encode(),
+        Manifest.of(later, files, owner, binding).encode(),
+        data.replace(b"d/0", b"d/1"),
+        b"",
+        b"{}",
+    ):
+        assert check(bad, files).status is Status.FAILED
 
 
 def test_a_rollback_of_the_whole_folder_shows_only_against_a_witness(chain, owner):
