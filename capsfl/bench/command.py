@@ -37,7 +37,13 @@ def redraw(folder: Path) -> None:
 def finish(result: dict[str, Any], output: Output) -> None:
     """Writes a result, its picture and, in a checkout, the page; prints tables or JSON."""
     folder = results_folder(output.out)
+    shown = result.pop("shown", None)
     path = write_result(folder, result)
+    if shown:
+        # Not for the operators' benchmark, which has jax and numpy alone.
+        from capsfl.bench import segmenter_picture
+
+        segmenter_picture.draw(shown, path.with_suffix(".png"))
     if result["benchmark"] == "routing":
         _draw(result, path)
     written = [path]

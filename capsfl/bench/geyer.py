@@ -66,7 +66,7 @@ class Setting:
 
 SETTINGS = {
     100: Setting(30, 1e-3, 30, 0.78, 2.0, 1.0, 20, 1, ImageModelConfig(kind="mlp", hidden=()), 2, ServerConfig()),
-    1000: Setting(100, 1e-5, 150, 0.92, 1.5, 0.3, 10, 2, ImageModelConfig(kind="mlp", hidden=(32,)), 2, ServerConfig()),
+    1000: Setting(100, 1e-5, 250, 0.92, 1.0, 0.5, 10, 2, ImageModelConfig(kind="mlp", hidden=(32,)), 2, ServerConfig()),
     10000: Setting(
         300,
         1e-6,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from capsfl.bench.ledger_overhead import measure_overhead
 from capsfl.bench.machine import describe
 from capsfl.ledger import curve_ecdsa, keys, storage
 from capsfl.ledger.assembly import assemble_round
@@ -15,7 +16,8 @@ from capsfl.ledger.history import History
 from capsfl.ledger.keys import Curve, Signer
 from capsfl.ledger.log import parse_whole
 from capsfl.ledger.proofs import check_proof, prove
-from capsfl.ledger.records import Genesis, Registration, RoundRecord, parameters_root, tensor_leaf
+from capsfl.ledger.records import Genesis, RoundRecord, parameters_root, tensor_leaf
+from capsfl.ledger.statements import Registration
 
 MEMBERS = 8
 """Hospitals of the chain, all of them in every round."""
@@ -36,7 +38,8 @@ def measure(options: LedgerBench, *, say: Callable[[str], None]) -> dict[str, An
 
     Returns:
         The result, JSON-ready: the machine, and a row per way to decide and per curve: milliseconds of process CPU
-        to record a round, rounds verified a minute of process CPU, bytes of a round and of a proof.
+        to record a round, rounds verified a minute of process CPU, bytes of a round and of a proof; and what records
+        cost the rounds of a training that they are made beside.
     """
     rows = []
     for decided, rules in (("owner", None), ("members", ConsensusRules(quorum="two_thirds"))):
@@ -65,7 +68,14 @@ def measure(options: LedgerBench, *, say: Callable[[str], None]) -> dict[str, An
                 }
             )
             say(f"ledger, decided by {decided}, {rows[-1]['curve']}")
-    return {"benchmark": "ledger", "quick": options.quick, "machine": describe(), "members": MEMBERS, "rows": rows}
+    return {
+        "benchmark": "ledger",
+        "quick": options.quick,
+        "machine": describe(),
+        "members": MEMBERS,
+        "rows": rows,
+        "overhead": measure_overhead(quick=options.quick, say=say),
+    }
 
 
 def _curves() -> list[Curve]:
@@ -91,7 +101,7 @@ def _build(rules: ConsensusRules | None, rounds: int) -> tuple[History, float]:
     members = [Signer((200 + index).to_bytes(32, "big")) for index in range(MEMBERS)]
     names = [f"hospital-{index}" for index in range(MEMBERS)]
     registrations = [
-        Registration(member.hospital_id(), name, member.public_key, "lung CT", 9)
+        Registration.of(member, name, "lung CT", 9, keys.chain_binding("bench", owner.public_key))
         for member, name in zip(members, names, strict=True)
     ]
     signers = {member.hospital_id(): member for member in members}

@@ -49,7 +49,7 @@ class Problem:
 def make_problem(model: str) -> Problem:
     """Builds the model's task and draws its hospitals."""
     if model == "segcaps":
-        return _segmentation()
+        return segcaps_problem()
     images, labels = round_peers.draw_records()
     if model == "cnn":
 
@@ -82,8 +82,8 @@ def count_flops() -> int:
     return image * round_peers.HOSPITALS * round_peers.RECORDS
 
 
-def _segmentation() -> Problem:
-    """Eight hospitals of eight images with a brighter disc, for a quarter of SegCaps R3's width."""
+def segcaps_problem(*, width: float = 0.25) -> Problem:
+    """Eight hospitals of eight images with a brighter disc, for a share of SegCaps R3's width."""
     generator = np.random.default_rng(0)
     rows, columns = np.mgrid[:32, :32]
     records = {}
@@ -97,7 +97,7 @@ def _segmentation() -> Problem:
         images, truth = batch["image"], batch["mask"]
         return segmentation_loss(network(images, truth), images, truth)
 
-    task = make_task("rounds", SegCaps(SegCapsConfig(width=0.25), rngs=nnx.Rngs(0)), loss)
+    task = make_task("rounds", SegCaps(SegCapsConfig(width=width), rngs=nnx.Rngs(0)), loss)
     return Problem(task, stack_hospitals(records), _local(2))
 
 
