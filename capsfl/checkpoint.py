@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from capsfl.digests import path_name
+from capsfl.digests import tensor_leaves as tensor_leaves
 from capsfl.federated.round import RoundState
-from capsfl.ledger.records import RoundRecord, tensor_leaf
+from capsfl.ledger.records import RoundRecord
 
 
 class CheckpointError(ValueError):
@@ -136,7 +138,8 @@ class Checkpoints:
             )
         if not np.array_equal(items.random["key"], jax.random.key_data(key)):
             raise CheckpointError(
-                f"{self.folder / str(step)}: drawn from another seed, or for other numbers of patients; resume with those it was made by"
+                f"{self.folder / str(step)}: drawn from another seed, or for other numbers of patients; resume with "
+                "those it was made by"
             )
         state = RoundState(
             _like(like.parameters, items.state["parameters"]),
@@ -145,6 +148,7 @@ class Checkpoints:
             None if like.controls is None else _like(like.controls, items.state["controls"]),
             None if like.clip_norm is None else _placed(items.state["clip_norm"]),
             None if like.noise is None else _like(like.noise, items.state["noise"]),
+            None if like.statistics is None else _like(like.statistics, items.state["statistics"]),
         )
         return Restored(state, items.accountant, np.asarray(items.ledger["log"], np.uint8).tobytes())
 
@@ -163,15 +167,9 @@ def open_checkpoints(folder: Path, *, keep: int | None = None) -> Iterator[Check
         checkpoints.close()
 
 
-def tensor_leaves(parameters: Any) -> dict[str, str]:
-    """Digests every array: `{path: hex}`, over path, dtype, shape and little-endian C-order bytes."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
-        array = np.ascontiguousarray(np.asarray(leaf))
-        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        name = _path_name(path)
-        leaves[name] = tensor_leaf(name, array.dtype.name, array.shape, array.tobytes()).hex()
-    return leaves
+def named_arrays(parameters: Any) -> dict[str, np.ndarray]:
+    """Returns `{path: array}` on the host, by the names that the ledger records."""
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
 
 
 def read_parameters(folder: Path, round_number: int) -> dict[str, np.ndarray] | None:
@@ -184,7 +182,7 @@ def read_parameters(folder: Path, round_number: int) -> dict[str, np.ndarray] | 
     if tree is None:
         return None
     parameters = tree["parameters"]
-    return {_path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
 
 
 def _read_state(step: Path) -> Any:
@@ -216,7 +214,7 @@ def _difference(step: Path, like: RoundState) -> str | None:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def read_clip_norm(folder: Path, round_number: int) -> float | None:
@@ -313,6 +311,8 @@ def _plain(state: RoundState) -> dict[str, Any]:
         plain["clip_norm"] = state.clip_norm
     if state.noise is not None:
         plain["noise"] = _by_path(state.noise)
+    if state.statistics is not None:
+        plain["statistics"] = _by_path(state.statistics)
     return plain
 
 
@@ -326,24 +326,14 @@ def _digests(state: Any, key: Any, accountant: Mapping[str, Any], log: Any) -> d
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    return {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _like(tree: Any, arrays: Mapping[str, Any]) -> Any:
     """Puts arrays found by path into the structure of `tree`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _placed(arrays[_path_name(path)]), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _placed(arrays[path_name(path)]), tree)
 
 
 def _placed(array: Any) -> jax.Array:
     """An array on a device; what Orbax has put there, over several processes perhaps, stays as it is."""
     return array if isinstance(array, jax.Array) else jnp.asarray(array)
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as words joined by dots; Flax's `.value` wrapper is not part of the name."""
-    words = []
-    for entry in path:
-        word = next(str(getattr(entry, field)) for field in ("key", "name", "idx") if hasattr(entry, field))
-        if word != "value":
-            words.append(word)
-    return ".".join(words)

@@ -1,4 +1,4 @@
-"""The command line: `capsfl train|sweep|ingest|phantom|predict|report|verify|ledger|epsilon|audit|bench|doctor`."""
+"""The command line: `capsfl train|sweep|ingest|phantom|predict|export|report|verify|ledger|epsilon|audit|...`."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import field as option
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from capsfl.arguments import parse
+from capsfl.ct.reader import ReaderConfig
 from capsfl.settings import explain
 
 # Heavy imports (jax, orbax, matplotlib) wait inside the commands, so that --help and mistakes answer at once.
@@ -24,12 +26,13 @@ from capsfl.settings import explain
 SUMMARY = {
     "train": "CONFIG.toml [--dotted.name VALUE ...]   run or resume a study and write its page",
     "sweep": "CONFIG.toml [--dotted.name VALUE ...]   many studies in one program: privacy against utility",
-    "ingest": "SOURCE OUT                              DICOM or NIfTI scans into standard volumes",
+    "ingest": "SOURCE OUT [--collection NAME] [--check] DICOM, NIfTI or pictures into standard volumes",
     "phantom": "OUT                                     chest-CT hospitals as real DICOM series",
-    "predict": "RUN SCAN                                mask in the scan's own geometry, probability, overlay",
+    "predict": "RUN SCAN|FOLDER                         masks in each scan's own geometry, probabilities, pictures",
+    "export": "RUN OUT                                 weights, programs and a model card to take away",
     "report": "RUN|SWEEP                               write the page of a study or a sweep again",
     "verify": "RUN [--witness HEAD]                    recompute and check every ledger of a study",
-    "ledger": "show|prove|check|export                 read a run's ledger, take proofs of its rounds away",
+    "ledger": "show|prove|check|export|witness         read a run's ledger, take proofs of its rounds away",
     "epsilon": "--hospitals H --noise-multiplier Z ...  privacy loss of a setting, or the setting for a loss",
     "audit": "--noise-multiplier Z ...                canaries against our own rounds: a lower bound on epsilon",
     "bench": "[NAME] [--quick]                        measure time and memory on this machine",
@@ -62,24 +65,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValidationError as error:
         _fail(explain(error, f"capsfl {words[0]}"))
     except ValueError as error:
-        _fail(str(error))
+        _fail(_with_notes(str(error), error))
     except BrokenPipeError:
         # Whoever read our output has gone; what was asked for is done or needs no more words.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         if error.errno is None:
-            _fail(str(error))
+            _fail(_with_notes(str(error), error))
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror}; check the path, its permissions and the free space")
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to resume", code=130)
+        _fail(_with_notes(f"{place}{error.strerror}; check the path, its permissions and the free space", error))
+    except KeyboardInterrupt as error:
+        _fail(_with_notes("interrupted; run the same command again to resume", error), code=130)
     sys.exit(code)
 
 
 def train(words: list[str]) -> int:
     """Runs or resumes a study."""
-    from capsfl.config import StudyConfig, load_config
+    from capsfl.config import StudyConfig, choose_by_name, load_config
 
     if not words or words[0].startswith("-"):
         if words and words[0] in ("-h", "--help"):
@@ -105,7 +108,7 @@ def train(words: list[str]) -> int:
         words[1:],
         prog=f"capsfl train {path}",
         description=f"Run or resume the study of {path}; defaults below are the file's values.",
-        default=TrainCommand(**dict(load_config(path))),
+        default=TrainCommand(**dict(choose_by_name(load_config(path), words[1:]))),
         config=TYRO,
     )
     config = StudyConfig(**{field: getattr(given, field) for field in StudyConfig.model_fields})
@@ -161,40 +164,124 @@ class IngestCommand:
     """Bring scans into standard volumes on disk (Zarr3), one per patient, continuing what is there already."""
 
     source: Annotated[Path, tyro.conf.Positional]
-    """A manifest (CSV), a folder holding manifest.csv, a DICOM series folder, or a NIfTI file."""
-    out: Annotated[Path, tyro.conf.Positional]
-    """Folder for the volumes and index.csv."""
+    """A manifest (CSV), a folder holding manifest.csv, a DICOM series folder, a NIfTI file, or a collection's top
+    folder."""
+    out: Annotated[str | None, tyro.conf.Positional] = None
+    """Folder for the volumes and index.csv, or its URL (s3://, gs://); with --check folder for the tables and pages, by
+    default preflight."""
+    check: bool = False
+    """Store nothing: look at every series and write a table and a page for every hospital."""
     root: Path | None = None
     """Folder the manifest's paths start from; by default the manifest's own."""
     preset: Literal["tiny", "half", "full"] = "tiny"
     """128, 256 or 512 voxels a side."""
     window: Literal["fixed", "scanner"] = "fixed"
     """Window recorded for the models."""
+    reader: ReaderConfig = option(default_factory=ReaderConfig)
+    """What the readers may mend."""
     on_error: Literal["raise", "skip"] = "raise"
     """Stop at a scan that cannot be read, or leave it out by name."""
     processes: int | None = None
     """Scans read at once; by default one per core."""
+    collection: str | None = None
+    """What the folder is: covid-ct, covidx-ct, cc-19, mosmed, covid-19-ct-seg, sars-cov-2-ct, nifti-folder,
+    image-folder, dicom-folder (any tree of series), or manifest. The options below need it."""
+    hospitals: str | None = None
+    """Who holds which patient: collection (its own sites), scanner, or drawn: even, dirichlet."""
+    count: int | None = None
+    """Hospitals of a draw; 3 when absent."""
+    alpha: float | None = None
+    """Concentration of dirichlet; 0.5 when absent, smaller is more skewed."""
+    seed: int | None = None
+    """Seed of drawn hospitals and splits."""
+    split: str | None = None
+    """official (the collection's lists where it has them), drawn, or study."""
+    labels: str | None = None
+    """disease (COVID against the rest) or all (every class)."""
+    classes: tuple[str, ...] | None = None
+    """Class folders in the order of their labels, the one without disease first."""
+    patient_pattern: str | None = None
+    """For image-folder: regular expression whose first group is the patient."""
+    mask: str | None = None
+    """lesion or lungs, where a collection has both."""
+    mask_threshold: float | None = None
+    """For nifti-folder: stored values from here on are inside the mask."""
+    table: str | None = None
+    """CSV beside the collection: patient, series or folder, and hospital, scanner, label, split."""
+    pictures: str | None = None
+    """For sars-cov-2-ct: CSV beside the collection with columns picture and patient."""
+    leave_out: tuple[str, ...] | None = None
+    """Patients to leave out, under the names that the preflight and the index give them."""
+    series: str | None = None
+    """Of a single folder that holds several series, which one: its number in the list or the end of its UID. With
+    --collection, of a patient with several: largest or every."""
+    side: int | None = None
+    """Pixels along each side of a stored picture."""
+    fit: str | None = None
+    """How a picture becomes a square: stretch, crop or pad."""
+    levels: str | None = None
+    """standardized (every stored picture has the same mean and spread of grey) or kept."""
+
+
+COLLECTION_OPTIONS = (
+    *("hospitals", "count", "alpha", "seed", "split", "labels", "classes", "patient_pattern", "mask"),
+    *("mask_threshold", "table", "pictures", "leave_out", "series", "side", "fit", "levels"),
+)
 
 
 def ingest(words: list[str]) -> int:
-    """Brings scans into standard volumes."""
+    """Brings scans into standard volumes, or looks at them first."""
     given = parse(IngestCommand, words, prog="capsfl ingest")
+    from capsfl.ct.collections import CollectionConfig
     from capsfl.ct.ingest import ingest as ingest_scans
     from capsfl.ct.normalize import VolumeConfig
 
+    options = {name: value for name in COLLECTION_OPTIONS if (value := getattr(given, name)) is not None}
+    series = options.pop("series", None) if given.collection is None else None
+    if options and given.collection is None:
+        raise ValueError(f"{next(iter(options))}: only with --collection; say what the folder is")
+    collection = None
+    if given.collection is not None:
+        chosen: Any = {"name": given.collection, **options}
+        try:
+            collection = CollectionConfig(**chosen)
+        except ValidationError as error:
+            raise ValueError(explain(error, "capsfl ingest").replace(": name = ", ": collection = ")) from None
+    console = Console()
+    if given.check:
+        return _check_scans(given, collection, console)
+    if given.out is None:
+        raise ValueError("out: missing; name a folder for the volumes, or add --check to look at the scans only")
     report = ingest_scans(
         given.source,
         given.out,
         config=VolumeConfig(preset=given.preset, window=given.window),
+        collection=collection,
+        reader=given.reader,
         root=given.root,
+        series=series,
         processes=given.processes,
         on_error=given.on_error,
     )
-    console = Console()
     console.print(f"{report.written} written, {report.kept} kept, {len(report.failed)} left out: {given.out}")
+    for note in report.notes:
+        console.print(f"  note: {note}", soft_wrap=True, highlight=False, markup=False)
     for name, fault in report.failed:
-        console.print(f"  {name}: {fault}", soft_wrap=True, highlight=False)
+        console.print(f"  {name}: {fault}", soft_wrap=True, highlight=False, markup=False)
     return 3 if report.failed else 0
+
+
+def _check_scans(given: IngestCommand, collection: Any, console: Console) -> int:
+    """Looks at every series and writes a table and a page for each hospital."""
+    from capsfl.ct.preflight import check
+    from capsfl.report.preflight import print_preflight, write_preflight
+
+    found = check(given.source, collection=collection, reader=given.reader, root=given.root, processes=given.processes)
+    pages = write_preflight(found, Path(given.out or "preflight"))
+    print_preflight(found, console)
+    for page in pages:
+        console.print(f"page: {page}", soft_wrap=True, highlight=False)
+    return 3 if any(not finding.accepted for finding in found.findings) else 0
 
 
 def phantom(words: list[str]) -> int:
@@ -216,30 +303,67 @@ def phantom(words: list[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class PredictCommand:
-    """Apply a trained study to one scan: mask and probability in the scan's own geometry, overlay, JSON."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder that `capsfl train` wrote."""
-    scan: Annotated[Path, tyro.conf.Positional]
-    """A DICOM series folder or a NIfTI file."""
-    out: Path | None = None
-    """Where results go; by default RUN/predictions/<name>, from where the page shows them."""
-    series: str | None = None
-    """SeriesInstanceUID, where the folder holds several series."""
-
-
 def predict(words: list[str]) -> int:
-    """Applies a study to a scan."""
+    """Applies a study to scans."""
+    from capsfl.ct.reader import ReaderConfig
+
+    @dataclass(frozen=True)
+    class PredictCommand:
+        """Apply a trained study to one scan or a folder tree of many: masks in each scan's own geometry, probabilities.
+
+        Exit code 3 when some series were left out. Folders of results are named after the scans' folders; name those
+        by pseudonyms if you share the page.
+        """
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """Folder that `capsfl train` wrote."""
+        scan: Annotated[Path, tyro.conf.Positional]
+        """A DICOM series, a NIfTI file, or a folder tree of many."""
+        out: Path | None = None
+        """Where results go, a folder per series; by default RUN/predictions, from where the study's page shows them."""
+        series: str | None = None
+        """The only series to predict: its number in the folder, its SeriesInstanceUID or the ending of that."""
+        formats: tuple[Literal["nifti", "seg", "png"], ...] | None = None
+        """What is written; by default all, SEG where `pip install 'capsfl[seg]'` was done."""
+        identified: bool = False
+        """Copy the patient's identity from the scan into the DICOM SEG, as an archive needs it to file the SEG beside
+        the scan; the file is then as confidential as the scan. Without, it carries a pseudonym."""
+        scanner: str | None = None
+        """The scanner of the paper's Table II that made the scans (A1, A2, B3, B4, C5, C6), for a study trained with
+        data.volumes.window = "scanner"; by default the scan's own tags tell."""
+        reader: ReaderConfig = option(default_factory=ReaderConfig)
+        """What the reader may mend."""
+
     given = parse(PredictCommand, words, prog="capsfl predict")
-    from capsfl.predict import predict as predict_scan
+    from capsfl.predict.run import predict as predict_scans
     from capsfl.study import disk_errors
 
     console = Console()
+    options = {name: getattr(given, name) for name in ("out", "series", "formats", "identified", "scanner", "reader")}
     with disk_errors(given.out or given.run):
-        place = predict_scan(given.run, given.scan, out=given.out, series=given.series, console=console)
+        place, left_out = predict_scans(given.run, given.scan, console=console, **options)
     console.print(f"written: {place}", soft_wrap=True, highlight=False)
+    return 3 if left_out else 0
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Take a study's models away: weights (safetensors), programs that need no capsfl (StableHLO), a model card."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder that `capsfl train` wrote."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A new folder for the models."""
+
+
+def export(words: list[str]) -> int:
+    """Writes a study's models into a folder that stands on its own."""
+    given = parse(ExportCommand, words, prog="capsfl export")
+    from capsfl.export.run import export_models
+    from capsfl.study import disk_errors
+
+    with disk_errors(given.out):
+        print(f"model card: {export_models(given.run, given.out) / 'MODEL_CARD.md'}")
     return 0
 
 
@@ -284,7 +408,8 @@ class VerifyCommand:
     witness: Path | None = None
     """A copy of one run's ledger/head, kept elsewhere: only against it can a rollback show."""
     strict: bool = False
-    """Exit with 1 also where something could not be verified, a missing witness aside."""
+    """Exit with 1 also on warnings and where something could not be verified that should be; what lies with others by
+    design, a witness, voters or hospitals, aside."""
     json: bool = False
     """Print findings as JSON."""
 
@@ -298,18 +423,19 @@ def verify(words: list[str]) -> int:
     witness = given.witness.read_bytes() if given.witness else None
     findings = audit_study(given.run, witness_head=witness)
     failed = [(name, f) for name, rows in findings.items() for f in rows if f.status is Status.FAILED]
-    open_ = [f for rows in findings.values() for f in rows if f.status is Status.UNVERIFIABLE and f.check != "witness"]
+    doubtful = (Status.UNVERIFIABLE, Status.WARNING)
+    open_ = [f for rows in findings.values() for f in rows if f.doubtful]
     code = 1 if failed or (given.strict and open_) else 0
     if given.json:
         rows = {name: [finding_row(f) for f in rows] for name, rows in findings.items()}
         print(json.dumps({"ok": not code, "runs": rows}, indent=1))
         return code
     console = Console()
-    table = Table("run", "check", "OK", "unverifiable", "FAILED", box=None, pad_edge=False)
+    table = Table("run", "check", "OK", "warning", "unverifiable", "FAILED", box=None, pad_edge=False)
     for name, rows in findings.items():
         for check in dict.fromkeys(f.check for f in rows):
             found = [f.status for f in rows if f.check == check]
-            counts = [str(found.count(s) or "-") for s in (Status.OK, Status.UNVERIFIABLE, Status.FAILED)]
+            counts = [str(found.count(s) or "-") for s in (Status.OK, *doubtful[::-1], Status.FAILED)]
             table.add_row(name, check, *counts)
     console.print(table)
     for name, finding in failed:
@@ -320,13 +446,14 @@ def verify(words: list[str]) -> int:
             soft_wrap=True,
             highlight=False,
         )
-    unverifiable = {f.detail for rows in findings.values() for f in rows if f.status is Status.UNVERIFIABLE}
-    for detail in sorted(unverifiable)[:10]:
-        console.print(f"unverifiable: {detail}", soft_wrap=True, highlight=False, markup=False)
+    for status in doubtful[::-1]:
+        details = {f.detail for rows in findings.values() for f in rows if f.status is status}
+        for detail in sorted(details)[:10]:
+            console.print(f"{status.value}: {detail}", soft_wrap=True, highlight=False, markup=False)
     if not failed:
         console.print("[green]verified[/]: everything that can be recomputed agrees with the ledgers")
         if code:
-            console.print("[red]strict[/]: something could not be recomputed (above)")
+            console.print("[red]strict[/]: something could not be recomputed, or is not as it was (above)")
     return code
 
 
@@ -578,6 +705,18 @@ def _load_benchmark(name: str) -> tuple[Any, Callable[..., dict[str, Any]]]:
             from capsfl.bench.ledger import LedgerBench, measure
 
             return LedgerBench, measure
+        case "ingest":
+            from capsfl.bench.ingest import IngestBench, measure
+
+            return IngestBench, measure
+        case "mnist":
+            from capsfl.bench.mnist import MnistBench, measure
+
+            return MnistBench, measure
+        case "segmenters":
+            from capsfl.bench.segmenters import SegmentersBench, measure
+
+            return SegmentersBench, measure
         case _:
             from capsfl.bench.geyer import GeyerBench, measure
             from capsfl.sweeps.cores import one_device_per_core
@@ -615,6 +754,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ingest": ingest,
     "phantom": phantom,
     "predict": predict,
+    "export": export,
     "report": report,
     "verify": verify,
     "ledger": ledger,
@@ -635,6 +775,11 @@ def _print_summary() -> None:
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsfl"
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """A message with what was noted on its error: another one, which came up meanwhile."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
 def _fail(message: str, *, code: int = 2) -> NoReturn:

@@ -4,18 +4,24 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from capsfl.consensus import ConsensusConfig, rules_of
+from capsfl.ct.collections.config import CollectionConfig
 from capsfl.ct.normalize import VolumeConfig
 from capsfl.ct.phantom import PhantomConfig
+from capsfl.ct.reader import ReaderConfig
 from capsfl.federated.devices import DevicesConfig
-from capsfl.federated.federation import RoundsConfig
+from capsfl.federated.federation import RoundsConfig, draws_noise
 from capsfl.learning.classification import ClassificationConfig
+from capsfl.learning.networks import NetworkConfig, named_network
 from capsfl.learning.segmentation import SegmentationConfig
+from capsfl.privacy.config import LEAST_CLIP_NORM
 from capsfl.privacy.plan import PrivacyConfig
 from capsfl.settings import Settings, explain
 
@@ -29,16 +35,21 @@ class SegmentationStage(SegmentationConfig, RoundsConfig):
 
 
 class ClassificationStage(ClassificationConfig, RoundsConfig):
-    """Classification: which slices, which network, trained how."""
+    """Classification: which slices or pictures, which network, trained how."""
 
 
 class DataConfig(Settings):
     """Where scans come from and how patients are split."""
 
     source: str = ""
-    """A manifest (CSV), a folder holding manifest.csv, a DICOM series or a NIfTI file; empty for the phantom."""
+    """A manifest (CSV), a folder holding manifest.csv, a DICOM series, a NIfTI file, or the top folder of
+    `data.collection`; empty for the phantom."""
     root: str = ""
     """Folder that the manifest's paths start from; empty for the manifest's own folder."""
+    collection: CollectionConfig | None = None
+    """Which public collection `source` is, and how its patients become hospitals; absent for a manifest or a scan."""
+    reader: ReaderConfig = ReaderConfig()
+    """What the readers may mend, and the size at which they refuse."""
     volumes: VolumeConfig = VolumeConfig()
     """The standard volume."""
     field: tuple[int, int, int] | None = None
@@ -59,9 +70,10 @@ class ArmConfig(Settings):
 
     name: str = Field(default="federated", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     """Folder of the arm inside the study: lower-case letters, digits, `-`, `_`."""
-    partition: Literal["hospitals", "pooled", "local"] = "hospitals"
-    """Federated over the hospitals, one hospital holding all records, or every hospital alone."""
-    clip_norm: float | None = Field(default=None, gt=0)
+    partition: Literal["hospitals", "pooled", "local", "leave-one-out"] = "hospitals"
+    """Federated over the hospitals, one hospital holding all records, every hospital alone, or for each hospital a
+    federation of the others, judged on the patients of the one left out."""
+    clip_norm: float | None = Field(default=None, ge=LEAST_CLIP_NORM)
     """Replaces privacy.clip_norm."""
     noise_multiplier: float | None = Field(default=None, ge=0)
     """Replaces privacy.noise_multiplier."""
@@ -69,6 +81,27 @@ class ArmConfig(Settings):
     """Replaces privacy.unit."""
     expected_patients: int | None = Field(default=None, ge=1)
     """Replaces privacy.expected_patients."""
+    model: NetworkConfig | None = None
+    """Replaces classification.model, so that networks can be compared on the same split with the same budget."""
+
+    @property
+    def federates(self) -> bool:
+        """Whether several hospitals train together, each with its own records."""
+        return self.partition in ("hospitals", "leave-one-out")
+
+    @property
+    def has_members(self) -> bool:
+        """Whether the arm is a run for every hospital: the hospital alone, or all but it."""
+        return self.partition in ("local", "leave-one-out")
+
+
+class ReportConfig(Settings):
+    """What the page shows beside the results."""
+
+    interpretation: bool = True
+    """Whether to show what the capsules of a few test patients do: the decoder's image as one dimension of a class
+    capsule moves, and the couplings of SegCaps. It costs a run about seven seconds after training, nearly
+    all of them to compile, and nothing where the networks have no decoder and route once."""
 
 
 class StudyConfig(Settings):
@@ -83,11 +116,13 @@ class StudyConfig(Settings):
     data: DataConfig = DataConfig()
     """Scans."""
     segmentation: SegmentationStage | None = None
-    """First stage; always needed."""
+    """First stage; where it is absent, the classifier sees whole slices or pictures."""
     classification: ClassificationStage | None = None
-    """Second stage; absent to skip it."""
+    """Second stage, or the only one; absent to skip it."""
     privacy: PrivacyConfig = PrivacyConfig(clip_norm=10.0)
     """Sampling, clipping and noise, of hospitals or of patients (`privacy.unit`)."""
+    consensus: ConsensusConfig | None = None
+    """What hospitals sign beside the owner of the ledger; absent where the owner decides alone."""
     devices: DevicesConfig = DevicesConfig()
     """Layout over accelerators."""
     places: int | None = Field(default=None, ge=1)
@@ -99,21 +134,44 @@ class StudyConfig(Settings):
     """Arms trained side by side; when absent one per core on a CPU, one at a time on accelerators."""
     keep_checkpoints: int | None = Field(default=None, ge=1)
     """Newest rounds kept per stage; all when absent, so that `capsfl verify` can recompute every round."""
+    report: ReportConfig = ReportConfig()
+    """The page."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "StudyConfig":
         if self.segmentation is None and self.classification is None:
             raise ValueError("segmentation: neither [segmentation] nor [classification] is given; add a stage")
-        if self.classification is not None and self.segmentation is None:
-            raise ValueError("segmentation: absent, but [classification] looks at masked slices; add [segmentation]")
+        for number, arm in enumerate(self.arms):
+            if arm.model is None:
+                continue
+            if self.classification is None:
+                raise ValueError(f"arms.{number}.model: there is no [classification] whose network it could replace")
+            try:
+                _ = self.arm(arm)
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"arms.{number}.model: {message}") from None
         if not self.data.source and self.phantom is None:
             raise ValueError("data.source: empty, and there is no [phantom]; name a manifest or add [phantom]")
-        for name in ("segmentation", "classification"):
-            if self.data.residence == "disk" and (stage := getattr(self, name)) is not None and stage.scaffold:
+        for name, stage in self.stages.items():
+            if self.data.residence == "disk" and stage.scaffold:
                 raise ValueError(
                     f'data.residence = "disk": {name}.scaffold keeps a copy of the model for every hospital in memory; '
                     "switch scaffold off, or keep the records in memory"
                 )
+        learned = self.segmentation is not None and self.segmentation.fusion == "learned"
+        if learned and any(draws_noise(self.arm(arm).privacy) for arm in self.arms):
+            raise ValueError(
+                'segmentation.fusion = "learned": its weights are fitted to validation patients without noise, which '
+                "no guarantee would cover; choose mean, max or min, or train without noise"
+            )
+        if self.consensus is not None:
+            rules_of(self.consensus, self.stages)
+        if self.places is not None and any(arm.partition == "leave-one-out" for arm in self.arms):
+            raise ValueError(
+                f"places = {self.places}: who is left out of which run must not change between two starts; leave "
+                "places out, or the arm with partition leave-one-out"
+            )
         if self.places is not None and self.data.residence == "disk":
             raise ValueError(
                 f'places = {self.places}: hospitals on disk can neither join nor leave; set data.residence = "memory"'
@@ -133,22 +191,28 @@ class StudyConfig(Settings):
             raise ValueError(f"arms.name = {names}: expected at least one arm and different names")
         return self
 
+    @property
+    def stages(self) -> dict[str, SegmentationStage | ClassificationStage]:
+        """The stages that there are, by the name of their task, in the order in which they are trained."""
+        found = {"segmentation": self.segmentation, "classification": self.classification}
+        return {name: stage for name, stage in found.items() if stage is not None}
+
     @classmethod
     def example(cls) -> "StudyConfig":
         """All sections filled with their defaults, for `capsfl train --help`."""
         return cls(phantom=PhantomConfig(), segmentation=SegmentationStage(), classification=ClassificationStage())
 
     def digest(self) -> str:
-        """SHA-256 of what decides the result: all but the run folder, the jobs, the device layout and the residence."""
-        left_out: Any = {"out": True, "devices": True, "jobs": True, "data": {"residence"}}
+        """SHA-256 of what decides the result: all but run folder, jobs, device layout, residence and page."""
+        left_out: Any = {"out": True, "devices": True, "jobs": True, "data": {"residence"}, "report": True}
         table = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def arm(self, arm: ArmConfig) -> "StudyConfig":
         """The configuration of one arm alone."""
-        replaced = ("clip_norm", "noise_multiplier", "unit", "expected_patients")
-        changes: dict[str, Any] = {name: value for name in replaced if (value := getattr(arm, name)) is not None}
-        if arm.partition != "hospitals":
+        fields = ("clip_norm", "noise_multiplier", "unit", "expected_patients")
+        changes: dict[str, Any] = {name: value for name in fields if (value := getattr(arm, name)) is not None}
+        if not arm.federates:
             # One holder of all records, or a hospital alone, has no cohort to draw and no crowd to hide in. Its
             # patients can still hide in each other, where an arm asks for that noise.
             alone = {"sampler": "all", "cohort": None, "truncation": None, "noise_multiplier": 0.0}
@@ -158,7 +222,12 @@ class StudyConfig(Settings):
                 changes["unit"] = "hospital"
         if changes.get("unit", self.privacy.unit) == "hospital":
             changes |= {"expected_patients": None, "patient_truncation": None}
-        return self.model_copy(update={"privacy": self.privacy.model_copy(update=changes), "arms": (arm,)})
+        replaced: dict[str, Any] = {"privacy": self.privacy.model_copy(update=changes), "arms": (arm,)}
+        if not arm.federates:
+            replaced["consensus"] = None  # one holder of records has nobody to decide with
+        if arm.model is not None and (stage := self.classification) is not None:
+            replaced["classification"] = type(stage).model_validate(dict(stage) | {"model": arm.model})
+        return self.model_copy(update=replaced)
 
 
 def load_config(path: Path) -> StudyConfig:
@@ -173,6 +242,40 @@ def load_config(path: Path) -> StudyConfig:
         return StudyConfig.model_validate_json(json.dumps(table))
     except ValidationError as error:
         raise ConfigError(explain(error, str(path))) from error
+
+
+def choose_by_name(config: StudyConfig, words: Sequence[str]) -> StudyConfig:
+    """Puts in what `--classification.model.name`, `--segmentation.model.name`, `--data.collection.name` ask for.
+
+    A network has fields of its own, so what the file says about another one is dropped; options below the name are
+    then read against the new section.
+
+    Args:
+        config: as the file says it.
+        words: the command line; `--option value` or `--option=value`.
+
+    Raises:
+        ConfigError: an unknown network or collection, or one that does not fit the section.
+    """
+    options = dict(pairwise(words)) | dict(word.split("=", 1) for word in words if "=" in word)
+    collection = options.get("--data.collection.name")
+    if collection is not None and config.data.collection is None:
+        try:
+            chosen = CollectionConfig.model_validate({"name": collection})
+        except ValidationError as error:
+            raise ConfigError(explain(error, "capsfl train", section="data.collection")) from error
+        config = config.model_copy(update={"data": config.data.model_copy(update={"collection": chosen})})
+    for name, section in config.stages.items():
+        network = options.get(f"--{name}.model.name")
+        if network is None or network == section.model.name:
+            continue
+        model = named_network(network) if name == "classification" else {"name": network}
+        try:
+            changed = type(section).model_validate(dict(section) | {"model": model})
+        except ValidationError as error:
+            raise ConfigError(explain(error, "capsfl train", section=name)) from error
+        config = config.model_copy(update={name: changed})
+    return config
 
 
 def read_toml(path: Path) -> dict[str, Any]:

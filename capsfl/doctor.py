@@ -24,6 +24,11 @@ DECODERS = (
     ("JPEG Lossless, JPEG-LS", "gdcm", "python-gdcm"),
     ("JPEG 2000", "openjpeg", "pylibjpeg-openjpeg"),
 )
+LIBRARIES = (
+    ("weights of Keras", "h5py", "keras"),
+    ("capsfl export: weights", "safetensors", "export"),
+    ("capsfl export: programs", "flatbuffers", "export"),
+)
 
 
 def examine() -> list[Examined]:
@@ -53,3 +58,12 @@ def _examine() -> Iterator[Examined]:
             yield Examined(f"DICOM {syntax}", version(package), True, optional=True)
         except ImportError:
             yield Examined(f"DICOM {syntax}", "missing", False, "pip install 'capsfl[dicom]'", optional=True)
+    for part, package, extra in LIBRARIES:
+        try:
+            yield Examined(part, version(package), True, optional=True)
+        except PackageNotFoundError:
+            yield Examined(part, "missing", False, f"pip install 'capsfl[{extra}]'", optional=True)
+    try:
+        yield Examined("DICOM SEG", f"highdicom {version('highdicom')}", True, optional=True)
+    except PackageNotFoundError:
+        yield Examined("DICOM SEG", "missing", False, "pip install 'capsfl[seg]'", optional=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capsfl.ledger.chain import Ledger
-from capsfl.ledger.records import Registration
-from capsfl.ledger.statements import Revocation
+from capsfl.ledger.statements import Registration, Revocation
 
 LEFT = "left the run"
 

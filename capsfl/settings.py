@@ -33,7 +33,9 @@ def explain(error: ValidationError, source: str, *, section: str = "", command: 
     """
     lines = []
     for finding in error.errors(include_url=False):
-        field = ".".join([section] * bool(section) + [str(part) for part in finding["loc"]])
+        # The tag of a union, in angle brackets, is no field.
+        trail = [str(part) for part in finding["loc"] if not str(part).startswith("<")]
+        field = ".".join([section] * bool(section) + trail)
         message = finding["msg"].removeprefix("Value error, ")
         if finding["type"] == "extra_forbidden":
             message = f"unknown key; see `{command} --help` for the known ones"

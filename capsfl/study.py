@@ -19,6 +19,7 @@ from capsfl.learning.patients import Patient
 from capsfl.membership import members_of, seat
 from capsfl.processes import is_first, process_index
 
+STRICTEST = ("test", "validation", "train")
 LOCK = ".lock"
 """File whose lock the one process at work in a study holds."""
 
@@ -28,7 +29,7 @@ class StudyFolderError(ValueError):
 
 
 class Split(NamedTuple):
-    """Patients by their use; no patient is in two of them."""
+    """Patients by their use; no person is in two of them."""
 
     train: tuple[Patient, ...]
     validation: tuple[Patient, ...]
@@ -160,6 +161,12 @@ def study_hospitals(path: Path) -> tuple[str, ...]:
     return tuple(record.get("hospitals", ()))
 
 
+def study_kinds(path: Path) -> tuple[str, ...]:
+    """What a study has seen of its patients, `volume` or `pictures` or both; a study that does not say, volumes."""
+    record = _read_record(path / "study.json") or {}
+    return tuple(record.get("kinds", ("volume",)))
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Names the folder in an error of the disk that names no file, such as a write that ran out of space.
@@ -195,18 +202,22 @@ def write_json(path: Path, value: Any) -> None:
 def split_patients(patients: Sequence[Patient], config: DataConfig, *, seed: int) -> Split:
     """Splits patients into train, validation and test, within every hospital and class.
 
-    The manifest's `split` column decides where it is filled in; the rest is drawn from `seed`.
+    The manifest's `split` column decides where it is filled in; the rest is drawn from `seed`. All scans of a person go
+    together: where splits are filled in, to the strictest of them.
 
     Raises:
         ValueError: nothing to train on or nothing to test on.
     """
     parts: dict[str, list[Patient]] = {"train": [], "validation": [], "test": []}
-    groups: dict[tuple[str, str], list[Patient]] = {}
+    people: dict[tuple[str, str], list[Patient]] = {}
     for patient in sorted(patients, key=lambda patient: (patient.hospital, patient.name)):
-        if patient.split:
-            parts[patient.split].append(patient)
+        people.setdefault(patient.whose, []).append(patient)
+    groups: dict[tuple[str, str], list[list[Patient]]] = {}
+    for scans in people.values():
+        if fixed := [scan.split for scan in scans if scan.split]:
+            parts[min(fixed, key=STRICTEST.index)] += scans
         else:
-            groups.setdefault((patient.hospital, str(patient.label)), []).append(patient)
+            groups.setdefault((scans[0].hospital, str(scans[0].label)), []).append(scans)
     generator = np.random.default_rng(seed)
     for _, group in sorted(groups.items()):
         order = generator.permutation(len(group))
@@ -214,7 +225,7 @@ def split_patients(patients: Sequence[Patient], config: DataConfig, *, seed: int
         validations = min(round(config.validation_fraction * len(group)), max(len(group) - tests - 1, 0))
         for place, index in enumerate(order):
             part = "test" if place < tests else "validation" if place < tests + validations else "train"
-            parts[part].append(group[index])
+            parts[part] += group[index]
     for part, remedy in (("train", "hold out fewer"), ("test", "hold out more")):
         if not parts[part]:
             raise ValueError(
@@ -291,6 +302,6 @@ def _difference(old: dict[str, Any], config: StudyConfig) -> str:
     for name in [*now, *before]:
         if name == "data.residence":
             continue
-        if name.split(".")[0] not in ("out", "devices", "jobs") and before.get(name) != now.get(name):
+        if name.split(".")[0] not in ("out", "devices", "jobs", "report") and before.get(name) != now.get(name):
             return f"{name} was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))}"
     return "its fields differ"

@@ -1,21 +1,20 @@
 """A study from scans to page; read this file top to bottom and you have seen the whole road.
 
-    phantom / DICOM / NIfTI -> standard volumes -> hospitals -> federated rounds (segmentation, classification)
-    -> a checkpoint and a signed record per round -> results beside their controls -> one HTML page
+    phantom / DICOM / NIfTI -> standard volumes, or pictures -> hospitals -> federated rounds (segmentation,
+    classification) -> a checkpoint and a signed record per round -> results beside their controls -> one HTML page
 
 A study trains several arms on the same split: federated, with noise, pooled, every hospital alone. An arm is one
 run, or one run per hospital; a run owns a folder with checkpoints, ledger, metrics and results.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,15 @@ from rich.console import Console
 
 from capsfl import evaluation
 from capsfl.audit import audit_run, chain_of, ledger_summary
-from capsfl.checkpoint import check_recorded, open_checkpoints, tensor_leaves
+from capsfl.checkpoint import open_checkpoints
 from capsfl.clock import Stopwatch
 from capsfl.config import ArmConfig, StudyConfig
+from capsfl.consensus import caution_of_votes, check_block_size, rules_of
 from capsfl.ct.ingest import IndexEntry, ingest, read_index
 from capsfl.ct.phantom import write_hospitals
+from capsfl.curves import MetricsLog
 from capsfl.federated.devices import on_one_device
-from capsfl.federated.federation import Federation, RoundReport, RoundsConfig, draws_noise
+from capsfl.federated.federation import Federation, RoundsConfig, draws_noise
 from capsfl.federated.hospitals import (
     HospitalSource,
     pool_hospitals,
@@ -40,20 +41,20 @@ from capsfl.federated.hospitals import (
     select_hospitals,
     stack_hospitals,
 )
-from capsfl.federated.patients import PATIENT, number_patients
+from capsfl.federated.patients import number_patients, records_by_hospital
 from capsfl.federated.recorded import recall_chunk, record_choice
-from capsfl.federated.round import RoundState
 from capsfl.federated.store_writer import rewrite_hospitals_store
 from capsfl.federated.stored import open_hospitals_store
-from capsfl.learning.classification import Classifier, make_classification_task, masked_slices
+from capsfl.learning.classification import Classifier, make_classification_task
+from capsfl.learning.fusion import FILE as FUSION_FILE
+from capsfl.learning.fusion import NO_MASKS, FusionError
 from capsfl.learning.patients import Patient, load_patient
 from capsfl.learning.segmentation import Segmenter, cut_patches, make_segmentation_task
 from capsfl.learning.tasks import Task
-from capsfl.ledger.canonical import decimal
 from capsfl.ledger.chain import Ledger
-from capsfl.ledger.keyfiles import load_key, save_key
-from capsfl.ledger.keys import Signer
-from capsfl.ledger.records import Registration, RoundRecord, parameters_root
+from capsfl.ledger.keyfiles import open_key
+from capsfl.ledger.keys import chain_binding
+from capsfl.ledger.statements import Registration
 from capsfl.ledger.verify import Status
 from capsfl.membership import record_members, vacant_names
 from capsfl.privacy.patient_plan import Stage
@@ -61,13 +62,19 @@ from capsfl.privacy.plan import PrivacyPlan
 from capsfl.privacy.secret import open_secret
 from capsfl.processes import agree, by_first, in_turn, is_first
 from capsfl.profiling import RoundTrace, is_traced, part, trace_folder
-from capsfl.progress import read_rounds, show_rounds
+from capsfl.progress import show_rounds
+from capsfl.recording import HospitalKeys, RoundKeeper, one_behind
 from capsfl.report.page import build_page
 from capsfl.study import Split, StudyFolder, split_patients, write_json
 from capsfl.workers import count_cores, die_with_parent
 
 RECORDS = "records"
 """Folder in a run's for the records that lie on disk while it trains."""
+NEEDS: Mapping[str, tuple[str, Callable[[Patient], bool]]] = {
+    "segmentation": ("mask", lambda patient: patient.truth is not None),
+    "classification": ("label", lambda patient: patient.label is not None),
+}
+"""What a patient must have for a stage: the manifest's column, and whether it is there."""
 
 
 def train(config: StudyConfig, *, console: Console, profile: bool = False) -> Path:
@@ -95,6 +102,7 @@ def train_study(config: StudyConfig, folder: StudyFolder, *, console: Console, p
     split = load_split(config, read_index(folder.path / "volumes"))
     hospitals = sorted({patient.hospital for patient in split.train})
     roster = folder.seat(hospitals, places=config.places)
+    folder.record(kinds=sorted({"volume" if patient.pictures is None else "pictures" for patient in split.train}))
     console.print(
         f"[bold]{len(split.train)}[/] patients to train on, [bold]{len(split.validation)}[/] to validate, "
         f"[bold]{len(split.test)}[/] never trained on, in {len(hospitals)} hospitals"
@@ -102,16 +110,11 @@ def train_study(config: StudyConfig, folder: StudyFolder, *, console: Console, p
     runs = plan_runs(config, folder.path, split, roster=roster)
     runs[0] = replace(runs[0], profile=profile)
     check_before_training(config, split, runs)
-    for caution in dict.fromkeys(plan_of_run(run, split).caution() for run in runs):
-        if caution:
-            console.print(f"[yellow]warning[/] {caution}", highlight=False, soft_wrap=True)
+    for caution in cautions_of(runs, split):
+        console.print(f"[yellow]warning[/] {caution}", highlight=False, soft_wrap=True)
     with folder.stage("controls"):
         controls = evaluation.score_controls(split, config) if is_first() else None
-    rounds = {
-        name: stage.rounds
-        for name in ("segmentation", "classification")
-        if (stage := getattr(config, name)) is not None
-    }
+    rounds = {name: stage.rounds for name, stage in config.stages.items()}
     with (
         folder.stage("training"),
         show_rounds({run.place: run.folder for run in runs}, rounds, console=console),
@@ -127,9 +130,10 @@ def train_study(config: StudyConfig, folder: StudyFolder, *, console: Console, p
 
     def conclude() -> str:
         for arm in config.arms:
-            if arm.partition == "local":
-                members = {run.hospitals[0]: read_results(run) for run in runs if run.arm == arm}
-                write_json(folder.path / arm.name / "results.json", evaluation.average_members(members))
+            if arm.has_members:
+                members = {str(run.member): read_results(run) for run in runs if run.arm == arm}
+                average = evaluation.average_members(members, partition=arm.partition)
+                write_json(folder.path / arm.name / "results.json", average)
         folder.finish()
         return str(build_page(folder.path))
 
@@ -148,24 +152,28 @@ def prepare_volumes(config: StudyConfig, folder: StudyFolder, *, console: Consol
             source = write_hospitals(folder.path / "phantom", config=config.phantom)
     with folder.stage("ingest"):
         console.print(f"[bold]ingest[/] {source} into standard volumes, preset {config.data.volumes.preset}")
-        ingest(
+        report = ingest(
             source,
             folder.path / "volumes",
             config=config.data.volumes,
+            collection=config.data.collection if config.data.source else None,
+            reader=config.data.reader,
             root=Path(config.data.root) if config.data.root else None,
             on_error=config.data.on_error,
         )
+        for line in (*report.notes, *(f"left out: {who}: {fault}" for who, fault in report.failed)):
+            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def load_split(config: StudyConfig, entries: Sequence[IndexEntry]) -> Split:
-    """Reads the volumes and splits patients, never slices; scans without mask and label wait for `capsfl predict`."""
-    patients = [load_patient(entry, field=config.data.field) for entry in entries]
+    """Reads volumes or pictures and splits patients, never slices; scans without mask and label wait for `predict`."""
+    patients = [load_patient(entry, field=config.data.field, volumes=config.data.volumes) for entry in entries]
     known = [patient for patient in patients if patient.truth is not None or patient.label is not None]
     return split_patients(known, config.data, seed=config.seed)
 
 
 def plan_runs(config: StudyConfig, study: Path, split: Split, *, roster: Sequence[str] = ()) -> list["Run"]:
-    """Lists the trainings of a study: one per arm, or for `local` one per hospital.
+    """Lists the trainings of a study: one per arm, or for `local` and `leave-one-out` one per hospital.
 
     Args:
         config: the whole configuration.
@@ -176,9 +184,11 @@ def plan_runs(config: StudyConfig, study: Path, split: Split, *, roster: Sequenc
     hospitals = tuple(sorted({patient.hospital for patient in split.train}))
     runs = []
     for arm in config.arms:
-        for member in hospitals if arm.partition == "local" else (None,):
+        for member in hospitals if arm.has_members else (None,):
             place = f"{arm.name}/{member}" if member else arm.name
-            holders = (member,) if member else hospitals
+            holders = (member,) if arm.partition == "local" and member else hospitals
+            if arm.partition == "leave-one-out":
+                holders = tuple(name for name in hospitals if name != member)
             run = Run(study / place, config.arm(arm), arm, holders, chain_of(config, place), member)
             if config.places is not None and arm.partition == "hospitals":
                 run = replace(run, places=vacant_names(roster, config.places))
@@ -191,12 +201,11 @@ def check_before_training(config: StudyConfig, split: Split, runs: Sequence["Run
 
     Raises:
         ValueError: a hospital without training records for a stage, nothing to score it on, a privacy section that
-            contradicts itself or the number of hospitals, or a budget spent before the last stage begins.
+            contradicts itself or the number of hospitals, a budget spent before the last stage begins, or statements of
+            hospitals that no block of the ledger holds.
     """
-    needs = {"segmentation": ("mask", lambda patient: patient.truth is not None)}
-    if config.classification is not None:
-        needs["classification"] = ("label", lambda patient: patient.label is not None)
-    for stage, (column, has) in needs.items():
+    for stage in config.stages:
+        column, has = NEEDS[stage]
         for hospital in sorted({patient.hospital for patient in split.train}):
             if not any(has(patient) for patient in split.train if patient.hospital == hospital):
                 raise ValueError(
@@ -208,19 +217,95 @@ def check_before_training(config: StudyConfig, split: Split, runs: Sequence["Run
                 f"data.source: no test patient has a {column}, so {stage} cannot be scored; fill in the manifest's "
                 f"{column} column or hold out other patients"
             )
+    learned = config.segmentation is not None and config.segmentation.fusion == "learned"
+    if learned and not any(patient.truth is not None and patient.truth.any() for patient in split.validation):
+        raise FusionError(NO_MASKS)
+    if config.classification is not None:
+        check_labels(config.classification.num_classes, split)
     for run in runs:
+        if run.arm.partition == "leave-one-out":
+            check_left_out(run, split)
+        if run.arm.partition == "local":
+            check_alone(run, split)
         plan = plan_of_run(run, split)
+        holders = run.places or run.holders
+        check_block_size(run.config.consensus, run.config.stages, hospitals=holders, cohort=plan.num_slots)
         target = run.config.privacy.target_epsilon
         if target is None:
             continue
         allowed, spent = plan.max_rounds(target), 0
-        for stage in needs:
+        for name, stage in run.config.stages.items():
             if allowed <= spent:
                 raise ValueError(
-                    f"privacy.target_epsilon = {target}: spent after {allowed} rounds, before {stage} of {run.place} "
+                    f"privacy.target_epsilon = {target}: spent after {allowed} rounds, before {name} of {run.place} "
                     "begins; raise it, add noise, or give the stages before fewer rounds"
                 )
-            spent += getattr(run.config, stage).rounds
+            spent += stage.rounds
+
+
+def cautions_of(runs: Sequence["Run"], split: Split) -> tuple[str, ...]:
+    """What whoever starts these runs should know beforehand, each once."""
+    plans = [(run.config.stages, plan_of_run(run, split)) for run in runs]
+    found = [plan.caution() for _, plan in plans]
+    found += [caution_of_votes(stages, plan.expected_cohort) for stages, plan in plans]
+    if lost := evaluation.outside_field(split.test):
+        found.append(f"data.field leaves out {lost:.1%} of what the test patients' masks mark; it counts as missed")
+    return tuple(dict.fromkeys(caution for caution in found if caution))
+
+
+def check_left_out(run: "Run", split: Split) -> None:
+    """Refuses to leave out a hospital that nobody else could judge, or that has nobody to be judged.
+
+    Raises:
+        ValueError: names the arm, the hospital and what is missing.
+    """
+    arm, mine = f"arms.partition = leave-one-out ({run.arm.name})", run.share_of(split)
+    if not run.hospitals:
+        raise ValueError(f"{arm}: {run.member} is the only hospital; name a second one, or leave the arm out")
+    for stage in run.config.stages:
+        column, has = NEEDS[stage]
+        if not any(has(patient) for patient in mine.test):
+            raise ValueError(
+                f"{arm}: {run.member} has no test patient with a {column}, so nothing would be judged without it; hold "
+                "out other patients, or leave the arm out"
+            )
+    learned = run.config.segmentation is not None and run.config.segmentation.fusion == "learned"
+    if learned and not any(patient.truth is not None and patient.truth.any() for patient in mine.validation):
+        raise ValueError(
+            f'{arm}: without {run.member} no validation patient has a mask, which segmentation.fusion = "learned" '
+            "needs; choose another fusion, or hold out other patients"
+        )
+
+
+def check_alone(run: "Run", split: Split) -> None:
+    """Refuses a hospital that would have to fit a fusion to masks that it does not hold.
+
+    Without validation patients its classifier decides at 1/2.
+
+    Raises:
+        ValueError: names the arm and the hospital.
+    """
+    learned = run.config.segmentation is not None and run.config.segmentation.fusion == "learned"
+    mine = run.share_of(split).validation
+    if learned and not any(patient.truth is not None and patient.truth.any() for patient in mine):
+        raise ValueError(
+            f"arms.partition = local ({run.arm.name}): {run.member} has no validation patient with a mask, which "
+            'segmentation.fusion = "learned" needs; choose another fusion, or hold out other patients'
+        )
+
+
+def check_labels(classes: int, split: Split) -> None:
+    """Refuses labels that are no class of the network.
+
+    Raises:
+        ValueError: names the first patient with such a label.
+    """
+    for patient in (*split.train, *split.validation, *split.test):
+        if patient.label is not None and not 0 <= patient.label < classes:
+            raise ValueError(
+                f"classification.classes = {classes}: {patient.key} has label {patient.label}, and classes count from "
+                f"0; set classification.classes = {patient.label + 1}, or merge classes in the manifest"
+            )
 
 
 def train_runs(runs: Sequence["Run"], volumes: Path, split: Split, controls: evaluation.Controls | None) -> None:
@@ -265,7 +350,10 @@ def train_in_worker(run: "Run", volumes: Path, controls: evaluation.Controls | N
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its folder, its own configuration, and the hospitals whose records it sees."""
+    """One training: its folder, its own configuration, and the hospitals whose records it sees.
+
+    An arm with a run for every hospital names it by `member`: the hospital that trains alone, or that is left out.
+    """
 
     folder: Path
     config: StudyConfig
@@ -291,13 +379,29 @@ class Run:
         """Whether the unit of privacy is the patient, so that every record has to say whose it is."""
         return self.config.privacy.unit == "patient"
 
+    def share_of(self, split: Split) -> Split:
+        """Whom this run validates and tests on: everybody, with two exceptions.
+
+        Where a hospital is left out, its test patients alone; nor does it help to choose a threshold or a fusion. A
+        hospital that trains alone chooses them by its own validation patients, since it has no others.
+        """
+        if self.arm.partition == "local":
+            return split._replace(validation=tuple(p for p in split.validation if p.hospital in self.hospitals))
+        if self.arm.partition != "leave-one-out":
+            return split
+        return Split(
+            tuple(p for p in split.train if p.hospital != self.member),
+            tuple(p for p in split.validation if p.hospital != self.member),
+            tuple(p for p in split.test if p.hospital == self.member),
+        )
+
     def arrange(self, records: Mapping[str, Any], task: str) -> HospitalSource:
         """Stacks this run's share of all hospitals' records, and where asked for moves them to disk."""
         hospitals = select_hospitals(stack_hospitals(records), self.hospitals)
         hospitals = pool_hospitals(hospitals) if self.arm.partition == "pooled" else hospitals
         hospitals = number_patients(hospitals) if self.protects_patients else hospitals
         hospitals = seat_hospitals(hospitals, self.places) if self.places else hospitals
-        if self.config.data.residence == "memory" or self.arm.partition != "hospitals":
+        if self.config.data.residence == "memory" or not self.arm.federates:
             return hospitals
         place = self.folder / RECORDS / task
         by_first("the records on disk", lambda: rewrite_hospitals_store(place, hospitals))
@@ -310,17 +414,14 @@ def plan_of_run(run: Run, split: Split) -> PrivacyPlan:
     Raises:
         PrivacyError: the privacy section contradicts itself, the number of hospitals or that of their patients.
     """
-    learns = {"segmentation": lambda patient: patient.truth is not None}
-    if run.config.classification is not None:
-        learns["classification"] = lambda patient: patient.label is not None
     stages = []
-    for task, takes in learns.items():
-        counts = dict.fromkeys(run.holders, 0)
+    for task, stage in run.config.stages.items():
+        _, takes = NEEDS[task]
+        people: dict[str, set[tuple[str, str]]] = {holder: set() for holder in run.holders}
         for patient in split.train:
             if patient.hospital in run.hospitals and takes(patient):
-                counts["pooled" if run.arm.partition == "pooled" else patient.hospital] += 1
-        stage = getattr(run.config, task)
-        patients = tuple(counts.items()) if run.protects_patients else ()
+                people["pooled" if run.arm.partition == "pooled" else patient.hospital].add(patient.whose)
+        patients = tuple((holder, len(own)) for holder, own in people.items()) if run.protects_patients else ()
         stages.append(Stage(task, stage.rounds, stage.local.epochs, patients))
     return PrivacyPlan.build(run.config.privacy, num_hospitals=len(run.places or run.holders), stages=stages)
 
@@ -333,52 +434,53 @@ def train_run(run: Run, split: Split, controls: evaluation.Controls | None) -> N
     """
     if by_first(run.place, lambda: (run.folder / "results.json").exists()):
         return
-    config, marking = run.config, run.config.segmentation
-    assert marking is not None  # StudyConfig has it in front of classification
-    plan = plan_of_run(run, split)
+    config, plan, split = run.config, plan_of_run(run, split), run.share_of(split)
     with open_ledger(run, split) if is_first() else nullcontext() as ledger:
         metrics = MetricsLog(run.folder / "metrics.jsonl", member=run.member)
         trace = RoundTrace(trace_folder(run.folder) if run.profile else None)
-        seg_task = make_segmentation_task(marking, seed=config.seed)
+        rounds, scans, judge = 0, None, None
+        trained: dict[str, evaluation.Trained] = {}
 
-        def patches(patients: Sequence[Patient]) -> dict[str, Any]:
-            return by_hospital(
-                (p for p in patients if p.truth is not None),
-                lambda p: cut_patches(p, marking, seed=evaluation.seed_of(config.seed, p.key)),
-                numbered=run.protects_patients,
-            )
+        def learn(
+            task: Task, stage: RoundsConfig, records_of: Callable[[Patient], dict[str, np.ndarray]]
+        ) -> tuple[Any, dict[str, Any]]:
+            """The server's weights after the rounds of one stage, and those of hospitals that have their own."""
+            nonlocal rounds
+            _, takes = NEEDS[task.name]
 
-        seg_state, rounds_before = run_rounds(
-            run, seg_task, marking, patches(split.train), patches(split.validation),
-            ledger, metrics, trace, plan=plan, rounds_before=0,
-        )  # fmt: skip
-        segmenter = Segmenter(seg_task, marking)
-        scans = evaluation.Segmented(segmenter, on_one_device(seg_state.parameters))
-        classified = None
-        if config.classification is not None:
-            stage = config.classification
-            cls_task = make_classification_task(stage, seed=config.seed + 1)
+            def records(patients: Iterable[Patient]) -> dict[str, Any]:
+                return records_by_hospital(filter(takes, patients), records_of, numbered=run.protects_patients)
 
-            def slices(patients: Sequence[Patient]) -> dict[str, Any]:
-                def of_patient(patient: Patient) -> dict[str, np.ndarray]:
-                    image = masked_slices(patient.hu, scans.fused(patient), stage)
-                    return {"image": image, "label": np.full(len(image), patient.label, np.int32)}
-
-                labelled = (p for p in patients if p.label is not None)
-                return by_hospital(labelled, of_patient, numbered=run.protects_patients)
-
-            trained = [p for p in split.train if p.hospital in run.hospitals]
-            cls_state, rounds_before = run_rounds(
-                run, cls_task, stage, slices(trained), slices(split.validation),
-                ledger, metrics, trace, plan=plan, rounds_before=rounds_before,
+            weights, own, rounds = run_rounds(
+                run, task, stage, records(p for p in split.train if p.hospital in run.hospitals),
+                records(split.validation), ledger, metrics, trace, plan=plan, rounds_before=rounds,
             )  # fmt: skip
-            classified = Classifier(cls_task, stage), on_one_device(cls_state.parameters)
+            trained[task.name] = evaluation.Trained(task, weights, own)
+            return weights, own
+
+        if (marking := config.segmentation) is not None:
+            task = make_segmentation_task(marking, seed=config.seed)
+            learned = learn(
+                task, marking, lambda p: cut_patches(p, marking, seed=evaluation.seed_of(config.seed, p.key))
+            )
+            scans = evaluation.Segmented(Segmenter(task, marking), *learned)
+            if marking.fusion == "learned":
+                fitted = scans.learn_fusion(split.validation, seed=config.seed)
+                by_first("the fusion of the planes", lambda: write_json(run.folder / FUSION_FILE, fitted))
+        if (looking := config.classification) is not None:
+            task = make_classification_task(looking, seed=config.seed + 1)
+            images = evaluation.Images(looking, scans)
+            learned = learn(task, looking, images.records)
+            judge = partial(evaluation.classify, Classifier(task, looking), *learned, images)
 
         def score() -> None:
             assert controls is not None
-            scores = None if classified is None else evaluation.score_patients(*classified, scans, split)
-            results = evaluation.results(split, scans, scores, controls, config, plan.statement(rounds_before))
-            evaluation.write_overlays(run.folder, split, scans, results)
+            classified = None if judge is None else judge(split, probe=run.member is None)
+            results = evaluation.results(split, scans, classified, controls, config, plan.statement(rounds))
+            if scans is not None:
+                evaluation.write_overlays(run.folder, split, scans, results)
+            if run.member is None:
+                evaluation.write_interpretation(run.folder, split, trained, scans, config, results)
             findings = audit_run(run.folder, config, chain_id=run.chain_id)
             for finding in findings:
                 if finding.status is Status.FAILED:
@@ -404,18 +506,19 @@ def run_rounds(
     records: Mapping[str, Any],
     validation: Mapping[str, Any],
     ledger: Ledger | None,
-    metrics: "MetricsLog",
+    metrics: MetricsLog,
     trace: RoundTrace,
     *,
     plan: PrivacyPlan,
     rounds_before: int,
-) -> tuple[RoundState, int]:
+) -> tuple[Any, dict[str, Any], int]:
     """Runs the rounds of one stage, each followed by a signed record and a checkpoint.
 
     All processes run the rounds and save the checkpoints; the ledger's keeper alone scores and records them.
 
     Returns:
-        The last state and how many rounds the run has spent privacy on so far.
+        The server's last weights, those of hospitals that have their own (`stage.batch_norm`), and how many rounds the
+        run has spent privacy on so far.
     """
     config = run.config
     federation = Federation(
@@ -428,6 +531,7 @@ def run_rounds(
         stream=run.chain_id if draws_noise(config.privacy) else run.place,
         secret=in_turn("the secret of the noise", lambda: open_run_secret(run)),
         plan=plan,
+        keep_updates=config.consensus is not None,
     )
     del records  # those on disk need not stay in memory
     held_out = stack_hospitals(validation) if validation else None
@@ -435,74 +539,26 @@ def run_rounds(
     if config.privacy.target_epsilon is not None:
         total = min(total, plan.max_rounds(config.privacy.target_epsilon) - rounds_before)
     state = federation.init()
-    with open_checkpoints(run.folder / "checkpoints" / task.name, keep=config.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore(state, key=federation.fingerprint)
-        if restored is not None:
-            state = federation.place(restored.state)
-            if ledger is not None:
-                ledger.reconcile(restored.ledger)
-                record = ledger.find(task.name, int(state.round))
-                check_recorded(record, state.parameters, run.folder / "checkpoints" / task.name / str(int(state.round)))
-        if ledger is not None:
-            metrics.keep_until(task.name, int(state.round))
+    with (
+        open_checkpoints(run.folder / "checkpoints" / task.name, keep=config.keep_checkpoints) as checkpoints,
+        one_behind(threaded=jax.process_count() == 1) as behind,
+    ):
+        keeper = RoundKeeper(config, task.name, run.folder, ledger, metrics, checkpoints, plan, federation.fingerprint)
+        if (kept := keeper.resume(state)) is not None:
+            state = federation.place(kept)
         with trace.rounds(task.name, range(int(state.round) + 1, total + 1)) as numbers:
             for _ in numbers:
                 watch = Stopwatch()
                 with part("train the cohort"):
                     state, report = federation.step(state)
-                spent = rounds_before + int(state.round)
+                scores = {}
                 if ledger is not None:
                     record_choice(run.folder, task.name, federation.choice)
                     with part("evaluate"):
-                        scores = federation.evaluate(state.parameters, held_out) if held_out else {}
-                    with part("record in the ledger"):
-                        ledger.append(round_record(run, task, state, report, plan, spent))
-                        metrics.append(task.name, report, scores, plan.epsilon(spent), watch)
-                with part("save the checkpoint"):
-                    checkpoints.save(
-                        state,
-                        key=federation.fingerprint,
-                        accountant=plan.statement(spent).to_json(),
-                        ledger=b"-" if ledger is None else ledger.export(),  # Orbax writes what the first process gives
-                    )
-    return state, rounds_before + int(state.round)
-
-
-def round_record(
-    run: Run, task: Task, state: RoundState, report: RoundReport, plan: PrivacyPlan, spent: int
-) -> RoundRecord:
-    """What the ledger keeps of a round: digests, cohort and mechanism, and nothing un-noised.
-
-    The clip norm is the one of the round. Where it is the median of the hospitals' norms, nothing is accounted anyway.
-    """
-    leaves = tensor_leaves(state.parameters)
-    privacy, epsilon = run.config.privacy, plan.epsilon(spent)
-    losses = () if plan.patients is None else plan.patients.losses(spent)
-    moves = privacy.clipping != "fixed"
-    return RoundRecord(
-        round=report.round,
-        task=task.name,
-        parameters_digest=parameters_root(leaves),
-        leaves=tuple(sorted(leaves.items())),
-        cohort=report.cohort,
-        sampler=privacy.sampler,
-        clip_norm=decimal(report.clip_norm if moves and report.clip_norm is not None else privacy.clip_norm),
-        noise_multiplier=decimal(privacy.noise_multiplier),
-        expected_cohort=decimal(plan.expected_cohort),
-        epsilon=_figure(epsilon),
-        delta=decimal(plan.delta),
-        configuration_hash=run.config.digest(),
-        code_version=version("capsfl"),
-        patients=tuple(
-            (loss.hospital, dict(plan.stage(task.name).patients)[loss.hospital], _figure(loss.epsilon))
-            for loss in sorted(losses, key=lambda loss: loss.hospital)
-        )
-        or None,
-    )
-
-
-def _figure(epsilon: float | None) -> str | None:
-    return None if epsilon is None else decimal(epsilon)
+                        scores = federation.evaluate(state, held_out) if held_out else {}
+                behind(keeper.keep, state, report, scores, watch.read(), rounds_before + int(state.round))
+    own = {} if state.statistics is None else {name: federation.weights_of(state, name) for name in run.holders}
+    return on_one_device(state.parameters), on_one_device(own), rounds_before + int(state.round)
 
 
 def open_ledger(run: Run, split: Split) -> Ledger:
@@ -513,12 +569,18 @@ def open_ledger(run: Run, split: Split) -> Ledger:
     def register(holder: str) -> Registration:
         signer = open_key(keys / f"holder-{holder}.pem")
         count = sum(holder in ("pooled", patient.hospital) for patient in split.train)
-        return Registration(signer.hospital_id(), holder, signer.public_key, "lung CT", count)
+        return Registration.of(signer, holder, "lung CT", count, chain_binding(run.chain_id, owner.public_key))
 
+    consensus = run.config.consensus
+    approvers = tuple if consensus is None else HospitalKeys(keys, open_key).approvers
     if not Ledger.exists(place):
         registrations = [register(holder) for holder in run.holders]
-        return Ledger.create(place, signer=owner, chain_id=run.chain_id, registrations=registrations)
+        rules = None if consensus is None else rules_of(consensus, run.config.stages)
+        ledger = Ledger.create(place, signer=owner, chain_id=run.chain_id, registrations=registrations, rules=rules)
+        ledger.approvers = approvers
+        return ledger
     ledger = Ledger.open(place, signer=owner)
+    ledger.approvers = approvers
     try:
         if run.places:
             record_members(ledger, run.hospitals, register, run.folder / "checkpoints")
@@ -534,76 +596,3 @@ def open_run_secret(run: Run) -> bytes | None:
         return None
     begun = any(step.name.isdigit() for step in (run.folder / "checkpoints").glob("*/*"))
     return open_secret(run.folder / "keys" / "noise.secret", begun=begun)
-
-
-def open_key(path: Path) -> Signer:
-    """Loads a signing key, or makes it on the run's first start; encrypted where CAPSFL_KEY_PASSPHRASE is set."""
-    passphrase = os.environ.get("CAPSFL_KEY_PASSPHRASE", "").encode() or None
-    for draft in path.parent.glob(f".{path.name}.*.tmp"):
-        draft.unlink(missing_ok=True)  # a secret that a kill left half-way to its name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_key(Signer.generate(), path, passphrase)
-    return load_key(path, passphrase)
-
-
-def by_hospital(patients: Any, records_of: Any, *, numbered: bool = False) -> dict[str, Any]:
-    """Concatenates the records of every hospital's patients: `{hospital: pytree of (records, ...)}`.
-
-    Where they are `numbered`, a leaf "patient" tells them apart, across hospitals too.
-    """
-    found: dict[str, list[Any]] = {}
-    for number, patient in enumerate(patients):
-        records = records_of(patient)
-        if numbered:
-            records[PATIENT] = np.full(len(jax.tree.leaves(records)[0]), number, np.int32)
-        found.setdefault(patient.hospital, []).append(records)
-    return {name: jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows) for name, rows in sorted(found.items())}
-
-
-class MetricsLog:
-    """The run's un-noised curves as JSON lines; for its owner's eyes, never for the ledger."""
-
-    def __init__(self, path: Path, *, member: str | None) -> None:
-        self._path = path
-        self._member = {} if member is None else {"member": member}
-
-    def keep_until(self, task: str, round_number: int) -> None:
-        """Drops the lines of rounds after the one a run resumes from; those rounds will be run again."""
-        if not self._path.exists():
-            return
-        kept = [row for row in read_rounds(self._path) if row["task"] != task or row["round"] <= round_number]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self._path)
-
-    def append(
-        self,
-        task: str,
-        report: RoundReport,
-        scores: Mapping[str, Mapping[str, float]],
-        epsilon: float | None,
-        watch: Stopwatch,
-    ) -> None:
-        """Writes one round."""
-        hospitals: dict[str, dict[str, float]] = {name: dict(values) for name, values in scores.items()}
-        for name, loss in report.hospital_loss.items():
-            hospitals.setdefault(name, {})["loss"] = loss
-        row = {
-            **self._member,
-            "task": task,
-            "round": report.round,
-            "loss": report.loss,
-            "epsilon": epsilon,
-            **watch.read(),
-            "cohort": list(report.cohort),
-            "update_norm": report.update_norm,
-            "not_finite": list(report.not_finite),
-            "dropped": list(report.dropped),
-            **({"spread": report.spread} if report.spread else {}),
-            **({"votes": report.votes, "vote_weights": report.vote_weights} if report.votes else {}),
-            "hospitals": hospitals,
-        }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")

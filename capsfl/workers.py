@@ -1,6 +1,8 @@
 """Processes on this machine: how many run at once, that none outlives the one that started it, and which are gone."""
 
 import os
+import re
+import socket
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -17,6 +19,12 @@ def count_cores() -> int:
         return max(1, min(bound, int(quota) // int(period)))
     except (OSError, ValueError):
         return bound
+
+
+def count_threads() -> int:
+    """Threads this process may compute with: as OpenMP's variable says, which a pool sets to 1 for its workers."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return min(int(asked), count_cores()) if asked.isdigit() and int(asked) else count_cores()
 
 
 def die_with_parent() -> None:
@@ -44,3 +52,18 @@ def is_running(process: int) -> bool:
     except OSError:
         return True  # somebody else's
     return True
+
+
+def process_tag() -> str:
+    """Names this process among those of all machines that share a file system: host and number, no dot in it."""
+    return f"{_host()}-{os.getpid()}"
+
+
+def is_gone(tag: str) -> bool:
+    """Tells whether a process of this host is no more; of another host's nothing is known, so it is not."""
+    host, _, number = tag.rpartition("-")
+    return host == _host() and number.isdigit() and not is_running(int(number))
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname()) or "host"

@@ -15,12 +15,15 @@ KERNELS = sorted((ROOT / "kernels" / "capsfl_kernels").rglob("*.py"))
 # From the command line down to what needs nobody. A part imports itself and the parts after it, never one before.
 LAYERS = (
     ("cli",),
+    ("export",),
     ("train", "predict", "doctor", "bench", "ledger_command"),
     ("sweeps",),
     ("evaluation", "audit", "report"),
-    ("study", "checkpoint"),
+    ("recording", "audit_consensus"),
+    ("study", "checkpoint", "curves"),
     ("config", "membership"),
-    ("federated",),
+    ("consensus",),
+    ("federated", "digests"),
     ("learning", "privacy"),
     ("models", "ct", "ledger"),
     ("arguments", "clock", "processes", "profiling", "progress", "workers"),
@@ -102,7 +105,7 @@ def test_the_ledger_is_pure_python_and_ecdsa(path: Path):
     assert packages(path) <= {"capsfl", "ecdsa"} | lazily
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name in ("ct", "phantom")], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name in ("ct", "phantom", "collections")], ids=name_of)
 def test_ct_needs_no_jax(path: Path):
     assert not packages(path) & {"jax", "flax", "optax", "orbax"}
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capsfl.config import ArmConfig, ConfigError, StudyConfig, load_config
+from capsfl.config import ArmConfig, ConfigError, StudyConfig, choose_by_name, load_config
 from capsfl.sweeps.config import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +30,13 @@ def load(tmp_path: Path, text: str) -> StudyConfig:
     return load_config(file)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+# Those of `capsfl bench mnist` are read in tests/test_bench_mnist.py.
+STUDIES = [path for path in sorted((ROOT / "configs").glob("*.toml")) if not path.name.startswith("mnist")]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 def test_every_configuration_of_the_repository_is_valid_and_hashable(path: Path):
-    read = load_sweep if path.name.startswith("sweep") else load_config
+    read = load_sweep if "\n[sweep]\n" in path.read_text() else load_config
     config = read(path)
     assert hash(config) == hash(read(path))
     assert config.out.startswith("runs/")
@@ -99,7 +103,11 @@ def test_an_absent_file_a_folder_and_bytes_are_refused_by_name(tmp_path: Path):
     ("text", "message"),
     [
         ("[phantom]\n", "neither \\[segmentation\\] nor \\[classification\\]"),
-        ("[phantom]\n[classification]\n", "masked slices; add \\[segmentation\\]"),
+        (
+            "[phantom]\n[segmentation]\n[[arms]]\nmodel={name='vgg16'}\n",
+            r"arms.0.model: there is no \[classification\]",
+        ),
+        ("[phantom]\n[classification]\nclass_weights=[1.0]\n", r"class_weights = \[1.0\]: expected 2 weights"),
         ("[segmentation]\n", "data.source: empty, and there is no \\[phantom\\]"),
         ("[phantom]\n[segmentation]\n[[arms]]\nname='a'\n[[arms]]\nname='a'\n", "different names"),
         ("arms = []\n[phantom]\n[segmentation]\n", "at least one arm"),
@@ -109,6 +117,43 @@ def test_an_absent_file_a_folder_and_bytes_are_refused_by_name(tmp_path: Path):
 def test_sections_that_contradict_each_other_are_refused(tmp_path: Path, text: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "{ name = 'resnet51' }",
+            r"classification\.model = .*: unknown network; its name is one of capsnet, .*resnet50,",
+        ),
+        ("{ name = 'vgg16', depth = 3 }", r"classification\.model\.depth unknown key"),
+        ("{ conv_channels = 3 }", r"classification\.model\.image_size missing"),
+        ("{ name = 'inceptionv3', image_size = 64 }", r"image_size 64: inceptionv3 needs images of at least 75 pixels"),
+        ("3", r"classification\.model = 3: unknown network"),
+    ],
+)
+def test_a_bad_network_is_refused_with_what_there_is(tmp_path: Path, model: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, f"[phantom]\n[classification]\nmodel = {model}\n")
+
+
+def test_a_network_is_a_capsnet_unless_named_and_takes_the_sections_classes_and_size(tmp_path: Path):
+    table = (
+        "[phantom]\n[classification]\nclasses = 3\nimage_size = 80\nmodel = { image_size = 28, conv_channels = 8 }\n"
+    )
+    arms = "[[arms]]\n[[arms]]\nname = 'resnet'\nmodel = { name = 'resnet50', norm = 'group' }\n"
+    study = load(tmp_path, table + arms)
+    found = []
+    for arm in study.arms:
+        stage = study.arm(arm).classification
+        assert stage is not None
+        found.append((stage.network.name, stage.network.classes, stage.network.image_size, stage.side))
+    assert found == [("capsnet", 3, 80, 80), ("resnet50", 3, 80, 80)]
+    with pytest.raises(ConfigError, match=r"arms\.1\.model: image_size 72: inceptionv3 needs"):
+        load(
+            tmp_path,
+            (table + arms).replace("resnet50", "inceptionv3").replace("= 80", "= 72").replace(", norm = 'group'", ""),
+        )
 
 
 def test_all_bad_fields_are_named_at_once(tmp_path: Path):
@@ -128,6 +173,8 @@ def test_the_digest_covers_what_decides_the_result_and_nothing_else(tmp_path: Pa
     assert elsewhere.digest() == digest
     on_devices = config.model_copy(update={"devices": config.devices.model_copy(update={"parallel": "pmap"})})
     assert on_devices.digest() == digest
+    plainer = config.model_copy(update={"report": config.report.model_copy(update={"interpretation": False})})
+    assert plainer.digest() == digest
     for change in ({"seed": 1}, {"keep_checkpoints": 2}, {"arms": (ArmConfig(name="other"),)}):
         assert config.model_copy(update=change).digest() != digest
 
@@ -151,3 +198,25 @@ def test_an_arm_replaces_only_what_it_names_and_spends_no_privacy_alone(clip: fl
 def test_a_configuration_survives_json():
     study = StudyConfig.example()
     assert StudyConfig.model_validate_json(json.dumps(study.model_dump(mode="json"))) == study
+
+
+def test_a_name_on_the_command_line_brings_its_section_along(tmp_path: Path):
+    study = load(tmp_path, "[phantom]\n[segmentation]\n[classification]\n")
+    words = [
+        "--classification.model.name",
+        "resnet50",
+        "--data.collection.name=covid-ct",
+        "--segmentation.model.name",
+        "unet",
+    ]
+    found = choose_by_name(study, words)
+    assert found.classification is not None
+    assert found.segmentation is not None
+    assert (found.classification.network.name, found.segmentation.model.name) == ("resnet50", "unet")
+    assert found.data.collection is not None
+    assert found.data.collection.name == "covid-ct"
+    assert choose_by_name(study, ["--classification.model.name", "capsnet", "--seed", "1"]) == study
+    with pytest.raises(ConfigError, match=r"classification\.model = .*unknown network; its name is one of capsnet"):
+        choose_by_name(study, ["--classification.model.name", "resnet"])
+    with pytest.raises(ConfigError, match=r"data\.collection\.name"):
+        choose_by_name(study, ["--data.collection.name", "nowhere"])

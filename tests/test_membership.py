@@ -11,9 +11,11 @@ from capsfl.federated import Federation, LocalConfig, RoundsConfig
 from capsfl.federated.hospitals import seat_hospitals, select_hospitals, stack_hospitals
 from capsfl.learning.tasks import Task
 from capsfl.ledger.chain import Ledger
+from capsfl.ledger.consensus import ConsensusRules
 from capsfl.ledger.errors import LedgerError
-from capsfl.ledger.keys import Signer
-from capsfl.ledger.records import Registration, RoundRecord, parameters_root
+from capsfl.ledger.keys import Signer, chain_binding
+from capsfl.ledger.records import RoundRecord, parameters_root
+from capsfl.ledger.statements import Registration
 from capsfl.membership import MembershipError, record_members, seat, vacant_names
 from capsfl.privacy.plan import PrivacyConfig
 
@@ -56,7 +58,7 @@ KEYS = {name: Signer.generate() for name in ("owner", "A", "B", "C")}
 
 def register(name: str) -> Registration:
     """The registration of a hospital."""
-    return Registration(KEYS[name].hospital_id(), name, KEYS[name].public_key, "lung CT", 3)
+    return Registration.of(KEYS[name], name, "lung CT", 3, chain_binding("x", KEYS["owner"].public_key))
 
 
 def round_of(number: int, *cohort: str) -> RoundRecord:
@@ -99,6 +101,24 @@ def test_a_round_that_has_to_be_run_again_is_run_by_those_who_ran_it(ledger: Led
     with pytest.raises(MembershipError, match=r"round 2 of segmentation is recorded .* before C may"):
         record_members(ledger, ["A", "B", "C"], register, tmp_path / "checkpoints")
     record_members(ledger, ["A", "B"], register, tmp_path / "checkpoints")
+
+
+def test_those_who_are_there_approve_who_joins_and_who_leaves(tmp_path: Path):
+    known = ["A", "B"]
+    with Ledger.create(
+        tmp_path / "ledger", signer=KEYS["owner"], chain_id="x", registrations=[register("A"), register("B")],
+        rules=ConsensusRules(quorum="all"),
+    ) as ledger:  # fmt: skip
+        ledger.approvers = lambda: [KEYS[name] for name in known]
+        with pytest.raises(LedgerError, match="1 of 2 members, the rules ask for 2"):
+            ledger.append(register("C"), members=[KEYS["A"], KEYS["C"]])
+        known.append("C")  # its key is made as it joins, and approves from the next block on
+        record_members(ledger, ["A", "C"], register, tmp_path / "checkpoints")
+        assert [len(block.approvals) for block in ledger.blocks()] == [0, 2, 3]
+        known.remove("C")
+        binding = chain_binding("x", KEYS["owner"].public_key)
+        with pytest.raises(LedgerError, match="1 of 2 members"):
+            ledger.append(Registration.of(Signer.generate(), "D", "lung CT", 3, binding))
 
 
 TASK = Task(

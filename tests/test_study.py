@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capsfl.config import DataConfig, StudyConfig
-from capsfl.learning.patients import Patient
+from capsfl.federated.hospitals import stack_hospitals
+from capsfl.federated.patients import number_patients, patients_of, records_by_hospital
+from capsfl.learning.patients import Patient, number_people
 from capsfl.membership import MembershipError
 from capsfl.study import (
     StudyFolder,
@@ -216,6 +219,42 @@ def test_a_split_is_a_partition_by_hospital_and_class_in_the_asked_shares(
         assert sum((p.hospital, p.label) == (chr(65 + hospital), label) for p in split.test) == count
     again = split_patients(list(reversed(patients)), config, seed=seed)
     assert [[p.name for p in part] for part in again] == [[p.name for p in part] for part in split]
+
+
+@given(
+    scans=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2), st.integers(0, 1)), min_size=12, max_size=30),
+    fixed=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_all_scans_of_a_person_have_one_use(scans: list[tuple[int, int, int]], fixed: bool, seed: int):
+    """Whatever hospital and class they are listed under, and where the column is filled in for some of them."""
+    patients = [
+        replace(
+            patient(number, "ABC"[hospital], label, ("train", "test", None)[number % 3] if fixed else None),
+            person=f"person-{who}" if who else None,
+        )
+        for number, (who, hospital, label) in enumerate(scans)
+    ]
+    try:
+        split = split_patients(patients, DataConfig(test_fraction=0.4, validation_fraction=0.2), seed=seed)
+    except ValueError:  # all scans may be of one person
+        return
+    uses: dict[tuple[str, str], set[str]] = {}
+    for name, part in split._asdict().items():
+        for one in part:
+            uses.setdefault(one.whose, set()).add(name)
+    assert all(len(names) == 1 for names in uses.values())
+    assert sorted(p.key for part in split for p in part) == sorted(p.key for p in patients)
+
+
+def test_a_patient_of_privacy_is_a_person_with_all_scans():
+    patients = [patient(n, "A", 1) for n in range(4)] + [patient(0, "B", 0)]
+    patients = [replace(p, person="P" if n in (1, 3) else None) for n, p in enumerate(patients)]
+    assert number_people(patients).tolist() == [0, 1, 2, 1, 3]
+    records = records_by_hospital(patients, lambda p: {"x": np.zeros((2, 1))}, numbered=True)
+    assert records["A"]["patient"].tolist() == [0, 0, 1, 1, 2, 2, 1, 1]
+    hospitals = number_patients(stack_hospitals(records))
+    assert patients_of(hospitals) == (("A", 3), ("B", 1))
 
 
 def test_the_manifests_split_is_kept(tmp_path: Path):

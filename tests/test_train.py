@@ -21,7 +21,7 @@ from capsfl.ledger.records import RoundRecord, parameters_root
 from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.plan import PrivacyConfig
 from capsfl.study import Split
-from capsfl.train import check_before_training, plan_runs
+from capsfl.train import check_before_training, plan_of_run, plan_runs
 
 
 def patient(name: str, hospital: str, *, label: int | None = 1, masked: bool = True, level: float = 0.0) -> Patient:
@@ -69,6 +69,19 @@ def test_a_test_set_without_labels_is_refused(tmp_path):
         check(study(), split, tmp_path)
 
 
+def test_a_classifier_alone_needs_no_masks(tmp_path):
+    train, test = (tuple(patient(p.name, p.hospital, masked=False) for p in part) for part in (SPLIT.train, SPLIT.test))
+    check(study(segmentation=None), Split(train, (), test), tmp_path)
+
+
+def test_a_label_that_is_no_class_is_refused_with_the_classes_it_needs(tmp_path):
+    split = SPLIT._replace(test=(patient("3", "A", label=2),))
+    message = r"classification.classes = 2: A/3 has label 2, .* set classification.classes = 3"
+    with pytest.raises(ValueError, match=message):
+        check(study(), split, tmp_path)
+    check(study(classification=ClassificationStage(rounds=4, classes=3)), split, tmp_path)
+
+
 def test_a_budget_spent_before_the_last_stage_is_refused(tmp_path):
     privacy = PrivacyConfig(clip_norm=1.0, noise_multiplier=1.0, target_epsilon=9.0)
     with pytest.raises(ValueError, match=r"privacy.target_epsilon = 9.0: spent after \d rounds, before classification"):
@@ -82,6 +95,20 @@ def test_a_cohort_larger_than_the_federation_is_refused_before_training(tmp_path
         check(study(privacy=privacy), SPLIT, tmp_path)
 
 
+def test_a_plan_for_patients_counts_persons(tmp_path):
+    scans = tuple(dataclasses.replace(patient(name, "A"), person="P") for name in ("1", "1-s2"))
+    split = SPLIT._replace(train=(*scans, patient("2", "A"), patient("3", "B")))
+    config = study(
+        privacy=PrivacyConfig(
+            unit="patient", expected_patients=1, patient_truncation=2, clip_norm=1.0, noise_multiplier=2.0
+        ),
+    )
+    (run,) = plan_runs(config, tmp_path, split)
+    plan = plan_of_run(run, split).patients
+    assert plan is not None
+    assert [stage.patients for stage in plan.stages] == [(("A", 2), ("B", 1))] * 2
+
+
 def test_runs_have_chains_of_their_own(tmp_path):
     config = study(arms=(ArmConfig(), ArmConfig(name="alone", partition="local")))
     runs = plan_runs(config, tmp_path, SPLIT)
@@ -92,7 +119,7 @@ def test_runs_have_chains_of_their_own(tmp_path):
 
 def test_patients_of_one_name_in_two_hospitals_are_kept_apart():
     class Constant:
-        def planes(self, parameters, hu, body):
+        def planes(self, parameters, hu, body, window_hu):
             return {"xy": hu}
 
         def fused(self, planes):

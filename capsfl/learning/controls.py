@@ -1,10 +1,12 @@
-"""Controls that train nothing, and what they score: the rows every result is printed beside."""
+"""Controls that need no network, and what they score: the rows every result is printed beside."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
 from capsfl.ct.normalize import lung_mask
+from capsfl.learning.logistic import LogisticModel, fit_logistic
 from capsfl.learning.metrics import dice
 from capsfl.learning.patients import Patient
 
@@ -33,3 +35,30 @@ def dense_lung_fraction(patient: Patient, threshold_hu: float = DENSE_HU) -> flo
     """Share of the lung, in [0, 1], that is denser than aerated lung: a classifier of one number."""
     lung = lung_mask(patient.hu, patient.spacing_mm)
     return float(np.mean(patient.hu[lung] >= threshold_hu)) if lung.any() else 0.0
+
+
+LEAKS = ("height", "width", "aspect", "mean", "high frequencies")
+"""What pictures give away beside anatomy: how large the file was, how bright and how sharp it is."""
+
+
+def leak_features(patient: Patient) -> np.ndarray:
+    """Numbers of each of a patient's pictures that say nothing of the lung, `(pictures, 5)`, in the order of `LEAKS`.
+
+    Height and width in pixels before the importer resized it, width over height; mean grey value in [0, 1], and the
+    mean square of what a 3 x 3 mean takes away, both of the picture that the importer yields.
+    """
+    assert patient.pictures is not None
+    grey = patient.pictures.pixels.astype(np.float64) / 255
+    height, width = patient.pictures.original_sizes.astype(np.float64).T
+    detail = grey - np.stack([ndimage.uniform_filter(picture, 3) for picture in grey])
+    return np.stack(
+        [height, width, width / height, grey.mean(axis=(1, 2)), np.square(detail).mean(axis=(1, 2))], axis=1
+    )
+
+
+def fit_leak(patients: Sequence[Patient], classes: int) -> LogisticModel:
+    """Fits a logistic regression on `leak_features` of training patients, each of whom counts once."""
+    rows = [leak_features(patient) for patient in patients]
+    labels = np.concatenate([np.full(len(row), patient.label) for row, patient in zip(rows, patients, strict=True)])
+    weights = np.concatenate([np.full(len(row), 1 / len(row)) for row in rows])
+    return fit_logistic(np.concatenate(rows), labels, classes=classes, weights=weights)

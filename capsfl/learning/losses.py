@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.nn import one_hot, relu
 
@@ -63,6 +64,20 @@ def margin_loss(
     missed = present * jnp.square(relu(positive_margin - lengths))
     raised = (1 - present) * jnp.square(relu(lengths - negative_margin))
     return weighted_mean(jnp.sum(missed + absent_weight * raised, axis=-1), weights)
+
+
+def cross_entropy(logits: Array, labels: Array, weights: Array | None = None) -> Array:
+    """Return the softmax cross-entropy of `(batch, classes)` logits and `(batch,)` integer classes.
+
+    Args:
+        logits: `(batch, classes)`.
+        labels: `(batch,)` integer classes.
+        weights: `(batch,)` weight of each example, or None for equal weights.
+
+    Returns:
+        The mean over examples.
+    """
+    return weighted_mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), weights)
 
 
 def reconstruction_loss(

@@ -72,6 +72,28 @@ def balanced_accuracy(scores: np.ndarray, labels: np.ndarray, threshold: float) 
     return (on_positives + on_negatives) / 2
 
 
+def accuracy(scores: np.ndarray, labels: np.ndarray, threshold: float) -> float:
+    """Return the share of patients that are called rightly; what the larger class alone can earn."""
+    counts = confusion(scores, labels, threshold)
+    return (counts.true_positives + counts.true_negatives) / sum(counts)
+
+
+def threshold_figures(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | None]:
+    """Return all figures of a table row that one threshold decides."""
+    return {
+        "accuracy": accuracy(scores, labels, threshold),
+        "balanced_accuracy": balanced_accuracy(scores, labels, threshold),
+        "sensitivity": sensitivity(scores, labels, threshold),
+        "specificity": specificity(scores, labels, threshold),
+        "precision": precision(scores, labels, threshold),
+    }
+
+
+def mean_recall(called: np.ndarray, truth: np.ndarray) -> float:
+    """Return the mean over the classes that occur of the share of their members that are called right."""
+    return float(np.mean([np.mean(called[truth == k] == k) for k in np.unique(truth)]))
+
+
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     """Return the area under the ROC curve, None unless both classes are present.
 
@@ -201,23 +223,26 @@ def classification_report(
     threshold: float,
     hospitals: Sequence[str] | np.ndarray | None = None,
     seed: int = 0,
+    *,
+    people: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return the figures of one table row; each score is one patient.
 
-    Keys: auc, auc_low, auc_high (95 %, see `auc_interval`), balanced_accuracy, sensitivity, specificity,
-    precision, threshold, patients, positives; and with `hospitals` (the hospital of each patient) a dict of
-    such rows under "hospitals". Undefined figures are None.
+    Keys: auc, auc_low, auc_high (95 %, see `auc_interval`), accuracy, balanced_accuracy, sensitivity,
+    specificity, precision, threshold, patients, positives; and with `hospitals` (the hospital of each patient) a
+    dict of such rows under "hospitals". Undefined figures are None. With `people`, a number for whose each score is,
+    a person with several scans is drawn with all of them.
 
     Raises:
         ValueError: if lengths differ or a score is not finite.
     """
     scores, labels = _scored(scores, labels)
-    interval = auc_interval(scores, labels, seed=seed)
+    interval = auc_interval(scores, labels, patients=people, seed=seed)
     report: dict[str, Any] = {
         "auc": auc(scores, labels),
         "auc_low": None if interval is None else interval[0],
         "auc_high": None if interval is None else interval[1],
-        **_threshold_figures(scores, labels, threshold),
+        **threshold_figures(scores, labels, threshold),
         "threshold": float(threshold),
         "patients": int(labels.size),
         "positives": int(labels.sum()),
@@ -227,7 +252,13 @@ def classification_report(
         if names.shape != labels.shape:
             raise ValueError(f"hospitals {names.shape} do not fit labels {labels.shape}; name one per patient")
         report["hospitals"] = {
-            str(name): classification_report(scores[names == name], labels[names == name], threshold, seed=seed)
+            str(name): classification_report(
+                scores[names == name],
+                labels[names == name],
+                threshold,
+                seed=seed,
+                people=None if people is None else people[names == name],
+            )
             for name in np.unique(names)
         }
     return report
@@ -253,7 +284,7 @@ def permuted_labels_row(
     areas = []
     for _ in range(_PERMUTATIONS):
         shuffled = generator.permutation(labels)
-        rows.append(_threshold_figures(scores, shuffled, threshold))
+        rows.append(threshold_figures(scores, shuffled, threshold))
         areas.append(_auc_of_ranks(ranks, shuffled))
     # A figure is undefined in every permutation or in none: classes and calls keep their numbers.
     means = {key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in rows[0]}
@@ -292,14 +323,24 @@ def ece(probabilities: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> flo
     return float(np.abs(gaps).sum() / labels.size)
 
 
-def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
+def calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return `brier` and `ece` of a probability of the positive class."""
+    return {"brier": brier(probabilities, labels), "ece": ece(probabilities, labels)}
+
+
+def dice(prediction: np.ndarray, truth: np.ndarray, *, missed: int = 0) -> float:
     """Return the Dice coefficient of two masks (Dice 1945); 1 where both are empty, 0 where one is.
+
+    Args:
+        prediction: mask.
+        truth: mask of the same shape.
+        missed: voxels of the truth that lie outside both arrays, false negatives whatever is predicted.
 
     Raises:
         ValueError: if the shapes differ.
     """
     prediction, truth = _masks(prediction, truth)
-    total = int(prediction.sum()) + int(truth.sum())
+    total = int(prediction.sum()) + int(truth.sum()) + missed
     return 2 * int(np.sum(prediction & truth)) / total if total else 1.0
 
 
@@ -344,15 +385,6 @@ def _directed_percentile(source: np.ndarray, target: np.ndarray, spacing_mm: Seq
 
 def _surface(mask: np.ndarray) -> np.ndarray:
     return mask & np.logical_not(ndimage.binary_erosion(mask))
-
-
-def _threshold_figures(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | None]:
-    return {
-        "balanced_accuracy": balanced_accuracy(scores, labels, threshold),
-        "sensitivity": sensitivity(scores, labels, threshold),
-        "specificity": specificity(scores, labels, threshold),
-        "precision": precision(scores, labels, threshold),
-    }
 
 
 def _auc_of_ranks(ranks: np.ndarray, labels: np.ndarray) -> float | None:

@@ -229,7 +229,7 @@ def draw_forest(axes: Axes, rows: Sequence[Estimate], *, reference: float | None
             axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2, alpha=0.55)
         axes.plot(row.value, place, "o", color=colour, markersize=5)
         axes.text(1.02, place, f"{row.value:.3f}", transform=axes.get_yaxis_transform(), va="center")
-    axes.set_yticks(range(len(rows)), [_plain(row.name) for row in rows])
+    axes.set_yticks(range(len(rows)), [plain(row.name) for row in rows])
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_color(LIGHT["muted" if row.colour == "muted" else "ink"])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -263,7 +263,7 @@ def strip(groups: Sequence[Scores], *, threshold: float | None) -> str:
                 )
         if threshold is not None:
             axes.axhline(threshold, color=LIGHT["ink"], linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.set_xticks(range(len(groups)), [_plain(group.hospital) for group in groups])
+        axes.set_xticks(range(len(groups)), [plain(group.hospital) for group in groups])
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_ylabel("score")
         axes.grid(visible=False, axis="x")
@@ -287,7 +287,7 @@ def bars(rows: Sequence[tuple[str, Sequence[float]]], *, quantity: str, colours:
                 va="center",
                 fontsize=7.5,
             )
-        axes.set_yticks(range(len(rows)), [_plain(name, limit=32) for name, _ in rows])
+        axes.set_yticks(range(len(rows)), [plain(name, limit=32) for name, _ in rows])
         axes.tick_params(axis="y", labelcolor=LIGHT["ink"])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, 1.3 * max([value for _, values in rows for value in values] + [1e-9]))
@@ -320,7 +320,7 @@ def _band(series: Mapping[str, Points]) -> tuple[list[float], list[float], list[
     return rounds, low, middle, high
 
 
-def _plain(name: str, *, limit: int = 24) -> str:
+def plain(name: str, *, limit: int = 24) -> str:
     """A label on one line: control characters, which SVG cannot hold, become spaces."""
     line = "".join(letter if letter.isprintable() else " " for letter in name).strip()
     return line if len(line) <= limit else f"{line[: limit - 1]}…"

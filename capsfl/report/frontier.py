@@ -33,7 +33,7 @@ def write_pictures(
         figure = Figure(figsize=(7.2, 4.2), dpi=200, facecolor="white", layout="constrained")
         axes = figure.subplots()
         draw_frontier(axes, groups, colours, utility=utility)
-        if len(groups) > 1:
+        if len(groups) > 1 and axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower right", frameon=False, fontsize=7.5)
         for name in ("frontier.png", "frontier.svg"):
             partial = folder / f".{name}"

@@ -18,8 +18,8 @@ from capsfl.report.study import Overlay
 
 LUNG_WINDOW_HU = (-600.0, 1600.0)
 """Level and width in HU: the fixed window of the networks' input."""
-DECISION = 0.5
-"""Probability whose outline is drawn."""
+EDGE = 0.5
+"""Between the 0 and the 1 of a mask."""
 MAX_SIDE = 512
 """Longest side of the embedded picture in pixels; larger slices are reduced."""
 GAP = 0.02
@@ -31,7 +31,7 @@ def grey_levels(hu: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.round(np.clip((hu - level) / width + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-def outline(field: NDArray[np.floating] | NDArray[np.bool_], level: float = DECISION) -> list[NDArray[np.float64]]:
+def outline(field: NDArray[np.floating] | NDArray[np.bool_], level: float = EDGE) -> list[NDArray[np.float64]]:
     """Trace the lines where a `(height, width)` field crosses `level`.
 
     Returns:
@@ -67,7 +67,9 @@ def triptych(overlay: Overlay) -> str:
         else:
             scan = f'<use href="#{key}"/>'
         paths = "".join(
-            f'<path class="{name}" d="{_path(mask, overlay.aspect)}"/>' for name, mask in layers if mask is not None
+            f'<path class="{name}" d="{_path(mask, overlay, level_of(name, overlay))}"/>'
+            for name, mask in layers
+            if mask is not None
         )
         parts.append(f'<g transform="translate({place * (width + gap):.2f} 0)">{scan}{paths}</g>')
     label = html.escape(f"Slice {overlay.index} of {overlay.patient}: scan, truth, prediction")
@@ -85,5 +87,11 @@ def _picture(overlay: Overlay) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _path(mask: NDArray[np.floating] | NDArray[np.bool_], aspect: float) -> str:
-    return "".join("M" + "L".join(f"{x:.1f} {y * aspect:.1f}" for x, y in line) + "Z" for line in outline(mask))
+def level_of(layer: str, overlay: Overlay) -> float:
+    """The value whose outline is drawn: where the prediction marks, and the edge of a mask."""
+    return overlay.decision if layer == "prediction" else EDGE
+
+
+def _path(mask: NDArray[np.floating] | NDArray[np.bool_], overlay: Overlay, level: float) -> str:
+    lines = outline(mask, level)
+    return "".join("M" + "L".join(f"{x:.1f} {y * overlay.aspect:.1f}" for x, y in line) + "Z" for line in lines)

@@ -1,4 +1,5 @@
-"""A study as one HTML page that needs nothing else: no network, no script, no second file.
+"""A study as one HTML page that needs nothing else: no network, no second file, and no script but that which checks
+the chain it draws against the log it carries.
 
 Read `build_page` for the road from the folder to the page; each function below it prepares one section for
 `template.html.j2`, which lays it out. Every value is escaped by the template; only drawings are inserted as
@@ -16,8 +17,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from capsfl.report import figures
+from capsfl.report.chain import MAX_VOTERS, carried_log, script, script_source, votes_of
+from capsfl.report.comparison import comparison
 from capsfl.report.figures import Scores
 from capsfl.report.formats import decimals, duration, interval, power, signed, significant, size
+from capsfl.report.interpretation import interpretation
 from capsfl.report.overlays import triptych
 from capsfl.report.predictions import read_predictions
 from capsfl.report.study import (
@@ -40,6 +44,7 @@ from capsfl.report.tables import (
     Comparison,
     arm_colours,
     compare,
+    costs,
     estimates,
     hospital_colours,
     metric_series,
@@ -92,12 +97,16 @@ def build_page(study_folder: Path) -> Path:
             arms=arm_colours(study),
             segmentation=_segmentation(study, comparisons["segmentation"]),
             classification=_classification(study, comparisons["classification"]),
+            comparison=comparison(study),
+            interpretation=interpretation(study),
             predictions=read_predictions(study.folder),
             target=text(value_at(study.record, "configuration", "segmentation", "target")) or "lesion",
             privacy=_privacy(study),
             training=_training(study),
             runtime=_runtime(study),
-            ledgers=_ledgers(study),
+            ledgers=(ledgers := _ledgers(study)),
+            chain_script=script() if any(ledger["log"] for ledger in ledgers) else Markup(),
+            chain_source=Markup(script_source()),
             configuration=flatten(record_at(study.record, "configuration")),
         )
     )
@@ -280,6 +289,8 @@ def _classification(study: Study, comparison: Comparison | None) -> dict[str, An
         "roc": Markup(figures.roc([curve for _, _, curve in curves])) if curves else Markup(),
         "roc_legend": [(name, curve.colour, overall) for name, overall, curve in curves],
         "hospitals": record_at(result, "hospitals"),
+        "classes": rows_at(result, "overall", "classes"),
+        "costs": costs(study),
         "strip": Markup(figures.strip(_strips(scores), threshold=threshold)) if scores else Markup(),
         "threshold": threshold,
         "patients": _patients(scores, threshold),
@@ -417,6 +428,8 @@ def _ledgers(study: Study) -> list[dict[str, Any]]:
                 "digest": text(row.get("digest")),
                 "epsilon": row.get("epsilon"),
                 "cohort": texts(row.get("cohort")),
+                "votes": votes_of(row),
+                "approvals": row.get("approvals"),
                 "bad": (text(row.get("task")), text(row.get("round"))) in bad,
             }
             for row in rows_at(arm.ledger, "rounds")
@@ -430,6 +443,8 @@ def _ledgers(study: Study) -> list[dict[str, Any]]:
             {
                 "arm": arm.name,
                 "record": arm.ledger,
+                "log": carried_log(arm.folder),
+                "voters": sorted({vote["hospital"] for block in shown for vote in block["votes"]})[:MAX_VOTERS],
                 "blocks": shown[: 4 * MAX_BLOCKS],
                 "hidden": len(blocks) - len(shown[: 4 * MAX_BLOCKS]),
                 "problems": [row for row in findings if row["tone"] != "good"][:MAX_FINDINGS],

@@ -84,12 +84,7 @@ def summarise(rows: Iterable[Record]) -> list[Summary]:
 
 def _summary(rows: Sequence[Record]) -> Summary:
     values = [v for row in rows if row.get("status") == "finished" and (v := number_at(row, "utility")) is not None]
-    mean = statistics.fmean(values) if values else None
-    low = high = None
-    if len(values) > 1 and mean is not None:
-        quantile = float(students_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-        half = quantile * statistics.stdev(values) / len(values) ** 0.5
-        low, high = mean - half, mean + half
+    mean, low, high = mean_interval(values) or (None, None, None)
     first = rows[0]
     noise, local = number_at(first, "noise_multiplier"), text(first.get("accountant"))
     return Summary(
@@ -104,6 +99,18 @@ def _summary(rows: Sequence[Record]) -> Summary:
         high,
         rows,
     )
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None] | None:
+    """The mean and its 95 % t-interval (Student 1908), which takes two values; None of nothing."""
+    if not values:
+        return None
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    quantile = float(students_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    half = quantile * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
 def private(rows: Iterable[Summary]) -> list[Summary]:

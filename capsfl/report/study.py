@@ -35,6 +35,8 @@ class Overlay:
     prediction: NDArray[np.float32] | None
     aspect: float
     """Height of a pixel over its width."""
+    decision: float = 0.5
+    """Probability above which the prediction marks."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Arm:
     rounds: tuple[Record, ...]
     results: Record
     ledger: Record | None
+    chunks: Record
+    """By task, how the rounds were compiled, and the memory that was planned for them."""
 
     def rounds_of(self, task: str) -> list[Record]:
         """Rounds of one task, in the order they were trained."""
@@ -175,14 +179,15 @@ def read_overlays(arm: Arm, *, limit: int) -> list[Overlay]:
         # Opened here: numpy leaves a file open that turns out to be no archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             present = [row for row in listed if f"hu_{text(row.get('key'))}" in arrays]
-            return [_overlay(path, row, arrays) for row in present[:limit]]
+            decision = number_at(arm.results, "segmentation", "fusion", "threshold") or 0.5
+            return [_overlay(path, row, arrays, decision) for row in present[:limit]]
     except StudyError:
         raise
     except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise StudyError(f"{path}: cannot be read ({error}); run training again to rewrite it") from error
 
 
-def _overlay(path: Path, row: Record, arrays: Mapping[str, NDArray[Any]]) -> Overlay:
+def _overlay(path: Path, row: Record, arrays: Mapping[str, NDArray[Any]], decision: float) -> Overlay:
     key = text(row.get("key"))
     hu = arrays[f"hu_{key}"]
     layers = {name: arrays.get(f"{name}_{key}") for name in ("truth", "prediction")}
@@ -205,6 +210,7 @@ def _overlay(path: Path, row: Record, arrays: Mapping[str, NDArray[Any]]) -> Ove
         truth=None if truth is None else truth.astype(bool),
         prediction=None if prediction is None else np.nan_to_num(prediction.astype(np.float32)),
         aspect=aspect,
+        decision=decision,
     )
 
 
@@ -217,9 +223,15 @@ def _read_arm(study_folder: Path, name: str) -> Arm:
     return Arm(
         name=name,
         folder=folder,
-        rounds=tuple(_read_rounds(folder / "metrics.jsonl")),
+        # Hospitals that train alone each log in a folder of their own.
+        rounds=tuple(
+            row
+            for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl")))
+            for row in _read_rounds(path)
+        ),
         results=_read_object(folder / "results.json") or {},
         ledger=_read_object(folder / "ledger.json"),
+        chunks=_read_object(folder / "chunks.json") or {},
     )
 
 

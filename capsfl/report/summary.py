@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from capsfl.report.figures import LIGHT, MAX_LINES, draw_curves, draw_forest, draw_roc, style
-from capsfl.report.overlays import grey_levels, outline
+from capsfl.report.overlays import grey_levels, level_of, outline
 from capsfl.report.study import Overlay, Study, StudyError, read_overlays, read_study
 from capsfl.report.tables import (
     compare,
@@ -122,8 +122,14 @@ def _triptych(panels: list[Axes], overlay: Overlay, *, titled: bool) -> None:
     height, width = overlay.hu.shape
     layers = (
         ("scan", []),
-        ("truth", [(overlay.truth, TRUTH_COLOUR, "-")]),
-        ("prediction", [(overlay.truth, TRUTH_COLOUR, ":"), (overlay.prediction, PREDICTION_COLOUR, "-")]),
+        ("truth", [("truth", overlay.truth, TRUTH_COLOUR, "-")]),
+        (
+            "prediction",
+            [
+                ("truth", overlay.truth, TRUTH_COLOUR, ":"),
+                ("prediction", overlay.prediction, PREDICTION_COLOUR, "-"),
+            ],
+        ),
     )
     for axes, (title, masks) in zip(panels, layers, strict=True):
         axes.imshow(
@@ -134,8 +140,8 @@ def _triptych(panels: list[Axes], overlay: Overlay, *, titled: bool) -> None:
             extent=(0, width, height, 0),
             aspect=overlay.aspect,
         )
-        for mask, colour, dash in masks:
-            for line in [] if mask is None else outline(mask):
+        for name, mask, colour, dash in masks:
+            for line in [] if mask is None else outline(mask, level_of(name, overlay)):
                 axes.plot(line[:, 0], line[:, 1], color=colour, linewidth=1.5, linestyle=dash)
         if titled:
             axes.set_title(title, fontsize=11)

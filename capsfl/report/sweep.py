@@ -10,6 +10,8 @@ from capsfl.report import figures
 from capsfl.report.formats import decimals
 from capsfl.report.frontier import effect_svg, frontier_svg, write_pictures
 from capsfl.report.page import distinct_names, environment, flatten, write_whole
+from capsfl.report.providers import FIELD as HOSPITALS
+from capsfl.report.providers import providers
 from capsfl.report.studies import (
     Summary,
     best_within,
@@ -61,6 +63,7 @@ def build_sweep_page(folder: Path) -> Path:
             colours=colours,
             frontier=Markup(frontier_svg(groups, colours, utility=utility)) if private(summaries) else Markup(),
             budgets=_budgets(groups),
+            providers=providers(summaries, utility=utility, words=words),
             effects=_effects(summaries, groups, colours, utility),
             curves=_curves(summaries, utility),
             table=_table(summaries),
@@ -140,7 +143,8 @@ def _cell(row: Summary | None) -> dict[str, str]:
 def _effects(
     rows: Sequence[Summary], groups: Mapping[str, Sequence[Summary]], colours: Mapping[str, str], utility: str
 ) -> list[Markup]:
-    fields = numeric_fields(rows)[:MAX_EFFECTS]
+    # The number of hospitals has charts of its own.
+    fields = [name for name in numeric_fields(rows) if name != HOSPITALS][:MAX_EFFECTS]
     return [Markup(effect_svg(name, groups, colours, utility=utility)) for name in fields]
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from capsfl.report.figures import Estimate, Points, RocCurve
-from capsfl.report.study import Arm, Record, Study, number_at, numbers, record_at, text
+from capsfl.report.study import Arm, Record, Study, number_at, numbers, record_at, rows_at, text
 
 CONTROLS = {
     "classification": {
@@ -17,11 +17,18 @@ CONTROLS = {
 }
 """Rows that every table carries, whether or not the study recorded them."""
 
+LEAK = "size and sharpness"
+"""The row that a table about pictures carries in the place of the dense lung, which pictures do not show in HU."""
+
+NOTES = {LEAK: "logistic regression on the files' height, width, aspect, mean grey value and high frequencies"}
+"""What rows mean that some tables carry."""
+
 MEANINGS = {
     "local": "each hospital alone, averaged",
     "pooled": "all records in one place",
     "federated": "records stay, updates travel",
     "private": "federated, clipped and noised",
+    "leave-one-out": "each hospital judged by the others, averaged",
 }
 
 METRIC = {"segmentation": "dice", "classification": "auc"}
@@ -87,7 +94,8 @@ def compare(study: Study, task: str) -> Comparison | None:
             values = record_at(arm.results, "members", member, task, "overall")
             if values:
                 margin = _difference(number_at(values, metric), ceiling)
-                rows.append(Row(member, "member", "alone", values, margin))
+                note = "left out" if text(arm.results.get("partition")) == "leave-one-out" else "alone"
+                rows.append(Row(member, "member", note, values, margin))
     for row in controls:
         margin = _difference(lead_value, number_at(row.values, metric))
         rows.append(Row(row.name, "control", row.note, row.values, margin))
@@ -96,9 +104,10 @@ def compare(study: Study, task: str) -> Comparison | None:
 
 def _controls(arm: Arm, task: str) -> list[Row]:
     recorded = record_at(arm.results, task, "controls")
+    expected = [name for name in CONTROLS[task] if name != "dense lung fraction" or LEAK not in recorded]
     rows = []
-    for name in dict.fromkeys([*CONTROLS[task], *recorded]):
-        values, note = record_at(recorded, name), CONTROLS[task].get(name, "")
+    for name in dict.fromkeys([*expected, *recorded]):
+        values, note = record_at(recorded, name), (CONTROLS[task] | NOTES).get(name, "")
         if not values and name == "always positive":
             values = always_positive(record_at(arm.results, task, "overall"))
         if not values:
@@ -114,6 +123,7 @@ def always_positive(overall: Record) -> Record:
         return {}
     return {
         "auc": 0.5,
+        "accuracy": positives / patients,
         "balanced_accuracy": 0.5,
         "sensitivity": 1.0,
         "specificity": 0.0,
@@ -184,3 +194,40 @@ def roc_curves(study: Study) -> list[tuple[str, Record, RocCurve]]:
         point = None if specificity is None or sensitivity is None else (1 - specificity, sensitivity)
         found.append((arm.name, overall, RocCurve(false, true, colours[arm.name], point if arm is lead else None)))
     return found
+
+
+def costs(study: Study) -> list[dict[str, Any]]:
+    """What each arm's classifier cost to train, and how much of the scanner shows in what its last layer sees.
+
+    Seconds are summed over the rounds; memory is what the compiler plans for a round, where it was asked. Hospitals
+    that train alone keep rounds of their own, which are not added up here.
+    """
+    rows = []
+    for arm in study.arms:
+        found = record_at(arm.results, "classification")
+        rounds = [row for row in arm.rounds_of("classification") if not row.get("member")]
+        if not found:
+            continue
+        first = next((record_at(member, "classification") for member in record_at(arm.results, "members").values()), {})
+        trials = rows_at(arm.chunks, "classification", "trials")
+        chunk = number_at(arm.chunks, "classification", "chunk")
+        peaks = [number_at(trial, "peak_bytes") for trial in trials if number_at(trial, "chunk") == chunk]
+        probe = record_at(found, "scanner")
+        rows.append(
+            {
+                "arm": arm.name,
+                "network": text(found.get("network") or first.get("network")),
+                "parameters": found.get("parameters") or first.get("parameters"),
+                "rounds": len(rounds) or None,
+                "seconds": _total(rounds, "seconds"),
+                "cpu_seconds": _total(rounds, "cpu_seconds"),
+                "memory": next((peak for peak in peaks if peak is not None), None),
+                "probe": probe,
+            }
+        )
+    return rows
+
+
+def _total(rounds: Sequence[Record], figure: str) -> float | None:
+    found = [value for row in rounds if (value := number_at(row, figure)) is not None]
+    return sum(found) if found else None

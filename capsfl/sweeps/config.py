@@ -13,7 +13,7 @@ from capsfl.config import ConfigError, read_toml
 from capsfl.federated.federation import RoundsConfig
 from capsfl.privacy.plan import PrivacyConfig
 from capsfl.settings import Settings, explain
-from capsfl.sweeps.problems import MnistProblem, StudyProblem, SyntheticProblem
+from capsfl.sweeps.problems import Problem, SyntheticProblem
 
 COMMAND = "capsfl sweep CONFIG"
 
@@ -127,7 +127,7 @@ class SweepConfig(Settings):
 
     out: str = "runs/sweep"
     """Folder of the results; a sweep resumes from it."""
-    problem: Annotated[SyntheticProblem | MnistProblem | StudyProblem, Field(discriminator="kind")] = SyntheticProblem()
+    problem: Annotated[Problem, Field(discriminator="kind")] = SyntheticProblem()
     """What is trained, on whose records."""
     training: RoundsConfig = RoundsConfig()
     """Rounds, local training and server of the base study."""

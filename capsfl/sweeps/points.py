@@ -19,7 +19,7 @@ from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.plan import PrivacyConfig, PrivacyPlan, PrivacyStatement
 from capsfl.settings import Settings, explain
 from capsfl.sweeps.config import COMMAND, RandomAxis, SweepConfig, Value
-from capsfl.sweeps.problems import MnistProblem, StudyProblem, SyntheticProblem
+from capsfl.sweeps.problems import Problem
 
 TRACED = {
     "privacy.clip_norm": 1.0,
@@ -39,7 +39,7 @@ class PointError(ValueError):
 class Point(Settings):
     """The whole configuration of one study."""
 
-    problem: Annotated[SyntheticProblem | MnistProblem | StudyProblem, Field(discriminator="kind")]
+    problem: Annotated[Problem, Field(discriminator="kind")]
     """What is trained."""
     training: RoundsConfig
     """How."""
@@ -241,11 +241,11 @@ def _assemble(base: Mapping[str, Any], setting: Sequence[tuple[str, Value]], see
 
 def _without_kind(error: ValidationError) -> ValidationError:
     """The same findings without the name of the problem's kind in their place."""
-    kinds = {"synthetic", "mnist", "study"}
+    kinds = {"synthetic", "mnist", "phantom", "study"}
     rows: Any = [
         {
             "type": "value_error" if row["type"] == "value_error" else row["type"],
-            "loc": tuple(part for part in row["loc"] if part not in kinds),
+            "loc": tuple(part for place, part in enumerate(row["loc"]) if place != 1 or part not in kinds),
             "input": row["input"],
             "ctx": row.get("ctx", {}),
         }

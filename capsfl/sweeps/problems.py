@@ -1,4 +1,4 @@
-"""What a sweep trains: a small synthetic problem, MNIST split over hospitals, or a stage of an ingested study."""
+"""What a sweep trains: synthetic images, MNIST over hospitals, phantom hospitals, or a stage of an ingested study."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from capsfl.ct.phantom import PhantomConfig
 from capsfl.federated.hospitals import Hospitals, stack_hospitals
 from capsfl.learning.classification import ClassificationConfig
 from capsfl.learning.segmentation import SegmentationConfig
@@ -83,7 +84,26 @@ class StudyProblem(Settings):
     """Network and slices of stage `classification`."""
 
 
-Problem = SyntheticProblem | MnistProblem | StudyProblem
+class PhantomProblem(Settings):
+    """Chest-CT phantoms, their whole slices classified; `problem.hospitals` says how many hospitals take part."""
+
+    kind: Literal["phantom"] = "phantom"
+    """Nothing to download."""
+    folder: str = "runs/phantom_hospitals"
+    """Where the phantom is drawn to, once; another sweep of the same phantom finds it there."""
+    phantom: PhantomConfig = PhantomConfig(hospitals=16, patients=112, positives_fraction=0.5, matrix=256)
+    """All hospitals and their patients."""
+    hospitals: int | None = Field(default=None, ge=1)
+    """H: the first so many hospitals train, each on its own patients, or all; test patients of all are scored."""
+    field: tuple[int, int, int] | None = (64, 80, 112)
+    """Central voxels (z, y, x) that the slices are cut from, multiples of 8; whole volumes when absent."""
+    test_fraction: float = Field(default=0.4, gt=0, lt=1)
+    """Share of every hospital's patients that is never trained on."""
+    classification: ClassificationConfig = ClassificationConfig(slices="dense", slices_per_scan=6)
+    """Network and slices."""
+
+
+Problem = SyntheticProblem | MnistProblem | PhantomProblem | StudyProblem
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,12 @@ def build(problem: Problem) -> Built:
         stage: Any = problem.segmentation if problem.stage == "segmentation" else problem.classification
         hospitals, held_out, make_stage_task = build_stage(problem.folder, problem.stage, stage)
         return Built(hospitals, held_out, make_stage_task, "dice" if problem.stage == "segmentation" else "accuracy")
+    if isinstance(problem, PhantomProblem):
+        from capsfl.sweeps.phantoms import build_phantom
+
+        options = {name: getattr(problem, name) for name in ("hospitals", "field", "test_fraction")}
+        parts = build_phantom(problem.folder, problem.phantom, config=problem.classification, **options)
+        return Built(*parts, "accuracy")
     frozen: Any = problem.model_copy(update={"model": ImageModelConfig()})
     hospitals, held_out, classes = _images(frozen)
     side = held_out.records["image"].shape[2]

@@ -18,13 +18,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from capsfl.federated.aggregation import make_rule, make_secure_sum
+from capsfl.federated.batch_norm import make_batch_norm, own_statistics, start_statistics
 from capsfl.federated.federation import root_name
 from capsfl.federated.local import LocalResult
 from capsfl.federated.private_local import local_update_of
 from capsfl.federated.round import CohortRecords, Controls, RoundState, Setting, make_round
 from capsfl.federated.scoring import score_hospitals
 from capsfl.federated.server import make_server_optimizer
-from capsfl.learning.tasks import Scores
+from capsfl.learning.tasks import Scores, trainable
 from capsfl.privacy.plan import PrivacyPlan
 from capsfl.privacy.secret import root_key
 from capsfl.sweeps.points import Point, plan_of
@@ -80,6 +81,7 @@ class GroupProgram:
         width: studies vmapped at once on a device.
         passes: the most passes of one portion.
         hospitals: hospitals of a cohort vmapped at once within a study.
+        noisy: whether any study of the group adds noise.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class GroupProgram:
         width: int,
         passes: int,
         hospitals: int,
+        noisy: bool = False,
     ) -> None:
         self.width, self.passes = width, passes
         self.traces = 0
@@ -99,6 +102,9 @@ class GroupProgram:
         self._task = built.make_task(point.seed)
         self._mesh = Mesh(np.asarray(devices), (AXIS,))
         self._optimizer = partial(make_server_optimizer, point.training.server)
+        self._batch_norm = make_batch_norm(
+            point.training.batch_norm, self._task, plan, point.training.aggregation, noisy=noisy
+        )
         chunk = min(hospitals, plan.num_slots)
         # Empty slots after the last hospital fill the last chunk.
         self._slots = -(-plan.num_slots // chunk) * chunk
@@ -109,9 +115,10 @@ class GroupProgram:
             chunk=chunk,
             rule=make_rule(point.training.aggregation, plan),
             secure=make_secure_sum(
-                point.training.aggregation, plan, self._task.parameters, scaffold=point.training.scaffold
+                point.training.aggregation, plan, trainable(self._task.parameters), scaffold=point.training.scaffold
             ),
             dropout=point.training.aggregation.dropout,
+            batch_norm=self._batch_norm,
         )
         self._records: Any = None
         split, whole = PartitionSpec(AXIS), PartitionSpec()
@@ -211,12 +218,14 @@ class GroupProgram:
         def one(own: Setting, cap: jax.Array, root: jax.Array, weights: Any) -> tuple[Studies, Progress]:
             controls = None
             if self._point.training.scaffold:
-                zeros = jax.tree.map(jnp.zeros_like, weights)
+                zeros = jax.tree.map(jnp.zeros_like, trainable(weights))
                 every = jax.tree.map(lambda leaf: jnp.zeros((number, *leaf.shape), leaf.dtype), zeros)
                 controls = Controls(zeros, every)
             quantile = self._point.privacy.clipping == "quantile"
-            server = self._optimizer(own.server_rate).init(weights)
-            state = RoundState(weights, server, jnp.int32(0), controls, own.clip_norm if quantile else None)
+            server = self._optimizer(own.server_rate).init(trainable(weights))
+            clip_norm = own.clip_norm if quantile else None
+            statistics = start_statistics(self._batch_norm, weights, number)
+            state = RoundState(weights, server, jnp.int32(0), controls, clip_norm, statistics=statistics)
             losses = jnp.full(self._point.training.rounds, jnp.nan, jnp.float32)
             studies = Studies(own, jax.random.wrap_key_data(root), cap)
             return studies, Progress(state, losses, jnp.int32(0))
@@ -291,7 +300,13 @@ class GroupProgram:
             )
 
         progress = jax.lax.fori_loop(first, last, one_round, progress)
+        built, state = self._built, progress.state
         scores = score_hospitals(
-            self._task, progress.state.parameters, held_out, held_counts, batch_size=SCORED_AT_ONCE
+            self._task,
+            state.parameters,
+            held_out,
+            held_counts,
+            batch_size=SCORED_AT_ONCE,
+            statistics=own_statistics(state.parameters, state.statistics, built.hospitals.names, built.held_out.names),
         )
         return progress, scores

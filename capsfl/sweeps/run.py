@@ -101,11 +101,14 @@ def run_group(
     points = [study.point for study in studies]
     plans = [plan_of(point, num_hospitals=len(built.hospitals)) for point in points]
     plan = max(plans, key=lambda plan: plan.num_slots)
+    noisy = any(plan.noises_sum for plan in plans)
     default = 1 if devices[0].platform == "cpu" else plan.num_slots
 
     def make(width: int, passes: int) -> GroupProgram:
         hospitals = config.execution.hospitals or default
-        return GroupProgram(points[0], built, plan, devices=devices, width=width, passes=passes, hospitals=hospitals)
+        return GroupProgram(
+            points[0], built, plan, devices=devices, width=width, passes=passes, hospitals=hospitals, noisy=noisy
+        )
 
     program, facts = make_program(make, points, config=config.execution, devices=devices)
     rest, passes = list(studies), 1

@@ -1,27 +1,23 @@
 """Records of one stage of an ingested study, as `capsfl train` makes them, to be swept over."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import jax
-import numpy as np
 
 from capsfl.audit import run_places
 from capsfl.checkpoint import latest_parameters
 from capsfl.config import StudyConfig
 from capsfl.ct.ingest import read_index
-from capsfl.evaluation import Segmented, seed_of
+from capsfl.evaluation import Images, Segmented, seed_of
 from capsfl.federated.hospitals import Hospitals, stack_hospitals
-from capsfl.learning.classification import ClassificationConfig, make_classification_task, masked_slices
-from capsfl.learning.patients import Patient, load_patient
+from capsfl.federated.patients import records_by_hospital
+from capsfl.learning.classification import ClassificationConfig, make_classification_task
+from capsfl.learning.fusion import load_fusion
+from capsfl.learning.patients import load_patient
 from capsfl.learning.segmentation import SegmentationConfig, Segmenter, cut_patches, make_segmentation_task
 from capsfl.learning.tasks import Task
 from capsfl.ledger.chain import Ledger
 from capsfl.study import load_study_config, split_patients
-
-Records = dict[str, np.ndarray]
 
 
 @lru_cache(maxsize=4)
@@ -44,13 +40,13 @@ def build_stage(
     study = Path(folder)
     own = load_study_config(study)
     entries = read_index(study / "volumes")
-    patients = [load_patient(entry, field=own.data.field) for entry in entries]
+    patients = [load_patient(entry, field=own.data.field, volumes=own.data.volumes) for entry in entries]
     known = [patient for patient in patients if patient.truth is not None or patient.label is not None]
     split = split_patients(known, own.data, seed=own.seed)
     if isinstance(config, SegmentationConfig):
         chosen = config
         parts = [
-            _by_hospital(
+            records_by_hospital(
                 (p for p in part if p.truth is not None),
                 lambda p: cut_patches(p, chosen, seed=seed_of(own.seed, p.key)),
             )
@@ -61,14 +57,9 @@ def build_stage(
             return make_segmentation_task(chosen, seed=seed)
     else:
         stage_config = config
-        scans = _trained_segmentation(study, own)
-
-        def records_of(patient: Patient) -> Records:
-            images = masked_slices(patient.hu, scans.fused(patient), stage_config)
-            return {"image": images, "label": np.full(len(images), patient.label, np.int32)}
-
+        images = Images(stage_config, None if own.segmentation is None else _trained_segmentation(study, own))
         parts = [
-            _by_hospital((p for p in part if p.label is not None), records_of)
+            records_by_hospital((p for p in part if p.label is not None), images.records)
             for part in (split.train, split.validation)
         ]
 
@@ -85,20 +76,10 @@ def _trained_segmentation(study: Path, config: StudyConfig) -> Segmented:
     """The segmentation of the study's first arm, which masks the slices the classifier sees."""
     arm, place = run_places(study, config)[0]
     marking = config.arm(arm).segmentation
-    assert marking is not None  # a study has it in front of classification
+    assert marking is not None
     task = make_segmentation_task(marking, seed=config.seed)
     with Ledger.open(study / place / "ledger") as ledger:
         recorded = ledger.rounds()
     weights = latest_parameters(study / place / "checkpoints" / task.name, task.parameters, recorded)
-    return Segmented(Segmenter(task, marking), weights)
-
-
-def _by_hospital(patients: Iterable[Patient], records_of: Callable[[Patient], Any]) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {}
-    for patient in patients:
-        found.setdefault(patient.hospital, []).append(records_of(patient))
-    return {name: _join(rows) for name, rows in sorted(found.items())}
-
-
-def _join(rows: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
+    fusion = load_fusion(study / place, marking.planes) if marking.fusion == "learned" else None
+    return Segmented(Segmenter(task, marking, fusion_weights=fusion), weights)

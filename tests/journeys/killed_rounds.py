@@ -50,6 +50,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "pmap over two devices": {"devices": {"parallel": "pmap"}},
     "hospitals on disk": {"data": {"residence": "disk"}},
+    "hospitals that vote": {
+        "privacy": {"noise_multiplier": 0.0},
+        "aggregation": {"rule": "mae_votes"},
+        "consensus": {},
+    },
 }
 ROUNDS = 3
 FIXED = (
@@ -82,6 +87,10 @@ class Holder:
     truth: bool = True
     label: int = 0
 
+    @property
+    def whose(self) -> tuple[str, str]:
+        return self.hospital, "patient"
+
 
 def configuration(variant: str) -> StudyConfig:
     """A study of which only the rounds are run."""
@@ -91,6 +100,7 @@ def configuration(variant: str) -> StudyConfig:
         "local": {"optimizer": "adam", "learning_rate": 0.05, "batch_size": 2},
         "server": changes.get("server", {}),
         "scaffold": changes.get("scaffold", False),
+        "aggregation": changes.get("aggregation", {}),
     }
     if stage["scaffold"]:
         stage["local"]["optimizer"] = "sgd"
@@ -102,6 +112,7 @@ def configuration(variant: str) -> StudyConfig:
         "classification": stage,
         "privacy": {"clip_norm": 0.5, "noise_multiplier": 0.3, **changes.get("privacy", {})},
         "devices": changes.get("devices", {}),
+        "consensus": changes.get("consensus"),
     }
     return StudyConfig.model_validate_json(json.dumps(table))
 
@@ -124,8 +135,11 @@ def live(folder: Path, variant: str) -> None:
         for name, stage in (("segmentation", config.segmentation), ("classification", config.classification)):
             assert stage is not None
             line = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(1))
-            task = make_task(name, line, lambda model, batch: jnp.mean((model(batch["x"]) - batch["y"]) ** 2))
-            _, spent = train.run_rounds(
+            task = make_task(
+                name, line, lambda model, batch: jnp.mean((model(batch["x"]) - batch["y"]) ** 2),
+                absolute_error=lambda model, batch: jnp.abs(model(batch["x"]) - batch["y"])[:, 0],
+            )  # fmt: skip
+            *_, spent = train.run_rounds(
                 run, task, stage, records, {}, ledger, metrics, RoundTrace(None), plan=plan, rounds_before=spent
             )
 

@@ -16,8 +16,8 @@ from capsfl.models.capsnet import CapsNetConfig
 from capsfl.privacy.plan import PrivacyConfig
 
 
-def weights_by(layout: str, chunk: int | None) -> np.ndarray:
-    """All weights after two rounds, as one vector."""
+def weights_by(layout: str, chunk: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """All weights after two rounds, and the hospitals' updates of the second one by name, each as one vector."""
     network = CapsNetConfig(
         image_size=16, conv_channels=16, conv_kernel=5, primary_capsules=4, primary_kernel=5, reconstruction=False
     )
@@ -36,18 +36,22 @@ def weights_by(layout: str, chunk: int | None) -> np.ndarray:
         privacy=PrivacyConfig(clip_norm=0.5, noise_multiplier=0.1),
         devices=DevicesConfig.model_validate({"parallel": layout, "chunk": chunk}),
         seed=4,
+        keep_updates=True,
     )
-    state = federation.init()
+    state, updates = federation.init(), {}
     for _ in range(2):
         state, report = federation.step(state)
         assert len(report.cohort) == 5
         assert not report.not_finite
+        assert report.updates is not None
+        updates = report.updates.on_host()
     assert int(state.round) == 2
-    return np.asarray(ravel_pytree(jax.device_get(state.parameters))[0])
+    handed_over = [ravel_pytree(updates[name])[0] for name in sorted(records)]
+    return np.asarray(ravel_pytree(jax.device_get(state.parameters))[0]), np.concatenate(handed_over)
 
 
 if __name__ == "__main__":
-    single = weights_by("single", None)
+    single, updates = weights_by("single", None)
     others = {f"{layout} {chunk}": weights_by(layout, chunk) for layout, chunk in (("pmap", None), ("shard_map", 2))}
     print(
         json.dumps(
@@ -55,7 +59,8 @@ if __name__ == "__main__":
                 "devices": jax.device_count(),
                 "weights": int(single.size),
                 "moved": float(np.max(np.abs(single))),
-                "difference": {name: float(np.max(np.abs(other - single))) for name, other in others.items()},
+                "difference": {name: float(np.max(np.abs(other - single))) for name, (other, _) in others.items()},
+                "updates": {name: float(np.max(np.abs(other - updates))) for name, (_, other) in others.items()},
             }
         )
     )

@@ -143,7 +143,7 @@ def test_more_hospitals_than_places_are_refused_by_name(ingested: Path, configur
     assert not (ingested / "federated").exists()
 
 
-def test_a_label_outside_the_classes_is_refused_by_its_line(phantom: Path, configuration, tmp_path: Path, refused):
+def test_a_label_outside_the_classes_is_refused_by_its_patient(phantom: Path, configuration, tmp_path: Path, refused):
     manifest = tmp_path / "manifest.csv"
     lines = (phantom / "manifest.csv").read_text().splitlines()
     column = lines[0].split(",").index("label")
@@ -151,8 +151,9 @@ def test_a_label_outside_the_classes_is_refused_by_its_line(phantom: Path, confi
     cells[column] = "2"
     manifest.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]))
     message = refused("train", configuration(tmp_path / "run"), "--data.source", manifest, "--data.root", phantom)
-    assert f"{manifest}" in message
-    assert "label is '2'" in message
+    patient, hospital = (cells[lines[0].split(",").index(column)] for column in ("patient", "hospital"))
+    assert f"classification.classes = 2: {hospital}/{patient} has label 2" in message
+    assert "set classification.classes = 3" in message
 
 
 @pytest.mark.parametrize("field", ["seed", "segmentation.rounds", "privacy.noise-multiplier"])

@@ -22,8 +22,9 @@ def test_one_device_pmap_and_shard_map_agree_on_four_devices(environment: Mappin
     answer = json.loads(done.stdout)
     assert answer["devices"] == 4
     assert answer["weights"] > 10_000
-    for layout, difference in answer["difference"].items():
-        assert difference <= 1e-5, layout
+    for compared in ("difference", "updates"):
+        for layout, difference in answer[compared].items():
+            assert difference <= 1e-5, (compared, layout)
 
 
 def test_two_processes_with_two_devices_each_agree_with_one_device(environment: Mapping[str, str]):

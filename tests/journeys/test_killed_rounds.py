@@ -20,6 +20,7 @@ if TORTURE:
         "control variates, server Adam": 30,
         "pmap over two devices": 30,
         "hospitals on disk": 30,
+        "hospitals that vote": 30,
     }
 
 

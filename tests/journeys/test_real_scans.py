@@ -67,10 +67,10 @@ def test_the_mask_of_a_real_compressed_series_has_that_series_own_geometry(
 ):
     series = shared_data / "ricord1a-covid-ct-jpegll"
     capsfl("predict", lung_study, series, "--out", tmp_path)
-    image = nibabel.Nifti1Image.from_filename(tmp_path / "mask.nii.gz")
+    image = nibabel.Nifti1Image.from_filename(tmp_path / series.name / "mask.nii.gz")
     assert image.shape == (512, 512, 62)
     np.testing.assert_allclose(image.header.get_zooms(), (0.703125, 0.703125, 5.0), atol=1e-3)
-    row = json.loads((tmp_path / "prediction.json").read_text())
+    row = json.loads((tmp_path / series.name / "prediction.json").read_text())
     assert 1000 < row["mask_ml"] < 8000, "no lungs of an adult"
     scan = read_dicom(series)
     mask = np.asarray(image.dataobj).transpose(2, 1, 0) > 0

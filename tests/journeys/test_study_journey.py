@@ -57,21 +57,22 @@ def test_a_prediction_lies_on_the_series_own_grid(study, phantom: Path, tmp_path
     series = phantom / "hospital-A" / "A-002"
     capsfl("predict", study.run, series, "--out", tmp_path)
     scan = read_dicom(series)
-    row = json.loads((tmp_path / "prediction.json").read_text())
+    place = tmp_path / "A-002"
+    row = json.loads((place / "prediction.json").read_text())
     assert row["notice"] == "not for clinical use"
     assert 0 <= row["probability"] <= 1
     for name in ("mask", "probability"):
-        image = nibabel.Nifti1Image.from_filename(tmp_path / f"{name}.nii.gz")
+        image = nibabel.Nifti1Image.from_filename(place / f"{name}.nii.gz")
         assert image.shape == scan.source.shape[::-1]
         np.testing.assert_allclose(
             np.asarray(image.affine), RAS_TO_LPS @ np.array(scan.source.affine) @ REVERSE, atol=1e-4
         )
-    mask = np.asarray(nibabel.Nifti1Image.from_filename(tmp_path / "mask.nii.gz").dataobj)
-    probability = np.asarray(nibabel.Nifti1Image.from_filename(tmp_path / "probability.nii.gz").dataobj)
+    mask = np.asarray(nibabel.Nifti1Image.from_filename(place / "mask.nii.gz").dataobj)
+    probability = np.asarray(nibabel.Nifti1Image.from_filename(place / "probability.nii.gz").dataobj)
     assert set(np.unique(mask)) <= {0, 1}
-    assert np.all(probability[mask == 1] >= row["threshold"])
+    assert np.all(probability[mask == 1] > row["threshold"])
     assert row["mask_ml"] == pytest.approx(mask.sum() * np.prod(scan.spacing_mm) / 1000)
-    assert (tmp_path / "overlay.png").read_bytes().startswith(b"\x89PNG")
+    assert (place / "overlay.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_untouched_study_verifies_and_says_so_in_json(study, capsfl):
@@ -81,7 +82,7 @@ def test_an_untouched_study_verifies_and_says_so_in_json(study, capsfl):
     assert statuses == {
         ("structure", "OK"), ("witness", "UNVERIFIABLE"), ("tensors", "OK"), ("epsilon", "OK"),
         ("configuration", "OK"), ("mechanism", "OK"), ("coverage", "OK"), ("identity", "OK"),
-        ("sequence", "OK"), ("approvals", "OK"),
+        ("sequence", "OK"), ("approvals", "OK"), ("manifest", "OK"),
     }  # fmt: skip
 
 
@@ -161,6 +162,13 @@ def test_a_rollback_shows_against_a_head_kept_elsewhere(study, study_copy: Path,
     assert here("verify", study_copy).code == 0, "without a witness nothing can show"
     answer = here("verify", study_copy, "--witness", witness, expect=1)
     assert "the witness saw 5 blocks, this ledger has 4: it was rolled back" in answer.out
+
+
+def test_files_written_again_are_a_warning_which_strict_does_not_let_pass(study_copy: Path, here):
+    (study_copy / "federated/checkpoints/segmentation/1/note.txt").write_text("by somebody")
+    answer = here("verify", study_copy)
+    assert "warning: file note.txt is not as it was written, though every tensor agrees" in answer.out
+    assert "strict" in here("verify", study_copy, "--strict", expect=1).out
 
 
 def resign(run: Path) -> None:

@@ -131,7 +131,7 @@ def test_the_stages_of_a_study_are_problems_of_a_sweep(study):
     [
         ((), "name a configuration first"),
         (("nowhere.toml",), "nowhere.toml: No such file"),
-        (("CONFIG", "--privacy.clip-norm", "-1"), "privacy.clip_norm = -1.0: .*greater than 0"),
+        (("CONFIG", "--privacy.clip-norm", "-1"), "privacy.clip_norm = -1.0: .*greater than or equal to"),
         (("CONFIG", "--part", "3"), 'execution.part = "3": '),
         (("CONFIG", "--part", "4/4"), "execution.part = 4/4: expected a share"),
         (("CONFIG", "--target-epsilon", "0"), "target_epsilon"),

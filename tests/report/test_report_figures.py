@@ -6,6 +6,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from PIL import Image
 
 from capsfl.report import StudyError, figures, formats, summary_picture
 from capsfl.report.figures import DARK, LIGHT, Estimate, RocCurve, Scores
+from capsfl.report.matrix import STRONGEST, Cell, Matrix, matrix
 from capsfl.report.overlays import grey_levels, outline, triptych
+from capsfl.report.spreads import Spread, spreads
 from capsfl.report.study import Overlay
 
 CHARTS: dict[str, Callable[[], str]] = {
@@ -32,6 +35,26 @@ CHARTS: dict[str, Callable[[], str]] = {
         [Estimate("a$x$<b>", 0.81, 0.7, 0.9), Estimate("control", 0.5, colour="muted")], quantity="AUC"
     ),
     "strip": lambda: figures.strip([Scores("A", [0.9, 0.8], [0.1]), Scores("B", [], [])], threshold=0.5),
+    "spreads as bars": lambda: spreads(
+        {"a": [Spread(1, 0.5, 0.4, 0.6), Spread(16, 0.8)], "b": [Spread(1, 0.5, 0.5, 0.7)]},
+        title="accuracy",
+        label="hospitals",
+        colours={"a": "series-0"},
+        doubling=True,
+    ),
+    "spreads as a band": lambda: spreads(
+        {"a": [Spread(n, n / 20, n / 30, n / 20) for n in range(20)]},
+        title="sensitivity",
+        label="round",
+        colours={},
+        unit_interval=True,
+    ),
+    "no spreads": lambda: spreads({}, title="loss", label="hospitals", colours={}, doubling=True),
+    "matrix": lambda: matrix(
+        Matrix(["A<b>", "all"], ["A<b>", "B"], [[Cell(0.75, 0.6, 0.9), Cell(None)], [Cell(1.0), Cell(0.3)]], apart=1),
+        quantity="AUC",
+        floor=0.5,
+    ),
     "bars": lambda: figures.bars([("stage", [3.0, 4.0])], quantity="seconds", colours=("accent", "negative")),
 }
 
@@ -67,6 +90,30 @@ def test_a_dot_of_a_forest_stands_where_its_value_is() -> None:
     left, middle, right = dots
     assert middle == pytest.approx((left + right) / 2, abs=0.01)
     assert right - left > 100
+
+
+def test_intervals_go_from_their_low_to_their_high_end_and_doublings_stand_at_equal_distances() -> None:
+    drawing = spreads(
+        {"a": [Spread(n, 0.5, 0.5 - n / 64, 0.5 + n / 32) for n in (1, 2, 4, 8)]},
+        title="accuracy", label="hospitals", colours={}, unit_interval=True, doubling=True,
+    )  # fmt: skip
+    tree = ElementTree.fromstring(drawing)
+    dots = sorted((float(node.get("x", "nan")), float(node.get("y", "nan"))) for node in tree.iter("use"))
+    steps = np.diff([x for x, _ in dots])
+    assert steps == pytest.approx([steps[0]] * 3, abs=0.01)
+    bars = re.findall(r'd="M ([\d.]+) ([\d.]+)\s+L \1 ([\d.]+)\s+"', drawing)
+    ends = {float(x): (float(low) - y, y - float(high)) for x, low, high in bars for at, y in dots if at == float(x)}
+    below, above = zip(*(ends[x] for x, _ in dots), strict=True)
+    assert above == pytest.approx([2 * each for each in below], abs=0.01)
+    assert np.asarray(below) / below[0] == pytest.approx([1, 2, 4, 8], rel=0.01)
+
+
+def test_a_cell_says_its_figure_and_has_the_colour_of_its_height_above_chance() -> None:
+    drawing = CHARTS["matrix"]()
+    assert {"A<b>", "B", "all", "0.75", "0.60–0.90", "–", "1.00", "0.30"} <= set(texts(drawing))
+    strengths = [float(found) for found in re.findall(r"fill: var\(--accent\); opacity: ([\d.]+)", drawing)]
+    assert strengths == [STRONGEST / 2, STRONGEST], "below chance, and undefined, have no colour"
+    assert drawing.count("stroke: var(--ink); stroke-width: 0.9") == 1, "one hospital at home"
 
 
 def test_many_hospitals_become_one_band() -> None:
@@ -109,6 +156,14 @@ def test_a_triptych_keeps_the_proportions_of_the_tissue_and_embeds_the_scan_once
     assert picture.getpixel((0, 0)) == 0
     assert picture.getpixel((49, 29)) == 255
     assert [path.get("class") for path in drawing.iter("path")] == ["truth", "truth faint", "prediction"]
+
+
+def test_a_prediction_is_outlined_where_it_marks() -> None:
+    ramp = np.broadcast_to(np.linspace(0, 1, 50, dtype=np.float32), (30, 50))
+    shown = replace(overlay(aspect=1.0, truth=False), prediction=ramp, decision=0.8)
+    (path,) = ElementTree.fromstring(triptych(shown)).iter("path")
+    columns = [float(x) for x in re.findall(r"[ML]([\d.]+) ", path.get("d", ""))]
+    assert min(columns) == pytest.approx(0.8 * 49 + 0.5, abs=0.2)
 
 
 def test_a_triptych_without_truth_draws_only_the_prediction() -> None:

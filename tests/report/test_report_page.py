@@ -156,8 +156,33 @@ def test_controls_stand_in_the_table_even_if_the_study_recorded_none(tmp_path: P
     for control in ("permuted labels", "dense lung fraction", "HU threshold"):
         assert f"{control} not recorded" in text
     # Calling all 80 patients positive: sensitivity 1, specificity 0, precision 50/80.
-    assert "calls every patient positive 0.500 – +0.413 0.500 1.000 0.000 0.625 80 50" in text
+    assert "calls every patient positive 0.500 – +0.413 0.625 0.500 1.000 0.000 0.625 – – 80 50" in text
     assert "no control was recorded to compare with" in text
+
+
+def test_the_page_shows_what_each_network_cost_and_told_of_the_scanner_and_every_class(
+    tmp_path: Path, write_study: WriteStudy
+) -> None:
+    folder = write_study(tmp_path / "demo", arms=("federated", "pooled"))
+
+    def add(results: Any) -> None:
+        probe = {"of": "scanner", "balanced_accuracy": 0.6543, "balanced_accuracy_low": 0.5432, "chance": 1 / 6}
+        found = results["classification"]
+        found |= {"network": "resnet50", "parameters": 24108034}
+        found["scanner"] = probe | {"balanced_accuracy_high": 0.7654}
+        found["overall"]["classes"] = [{"class": k, "auc": 0.8 + k / 100, "patients": 24} for k in range(3)]
+        found["controls"]["size and sharpness"] = {"auc": 0.7321, "brier": 0.2109}
+        found["controls"].pop("dense lung fraction")
+
+    edit(folder / "federated" / "results.json", add)
+    choice = {"chunk": 2, "trials": [{"chunk": 1, "peak_bytes": 1 << 20}, {"chunk": 2, "peak_bytes": 5 << 20}]}
+    (folder / "federated" / "chunks.json").write_text(json.dumps({"classification": choice}))
+    text = read_page(folder).text
+    # Twenty rounds of 1.3 s and 2.2 s of processor.
+    assert "federated resnet50 24108034 20 26 s 44 s 5 MiB 0.654 0.543–0.765 0.167" in text
+    assert "0 0.800 – – – – 24 1 0.810 – – – – 24 2 0.820" in text
+    assert "mean grey value and high frequencies 0.732 – +0.18" in text
+    assert "dense lung fraction" not in text
 
 
 def test_an_interval_that_reaches_a_control_is_not_called_better(tmp_path: Path, write_study: WriteStudy) -> None:

@@ -116,3 +116,30 @@ def test_a_folder_that_is_no_sweep_is_refused_by_name(sweep, file, text):
         (sweep / file).write_text(text)
     with pytest.raises(StudyError, match=str(sweep)):
         read_sweep(sweep)
+
+
+def test_what_another_hospital_adds_is_drawn_with_its_interval_over_seeds(sweep):
+    rows = []
+    for hospitals in (4, 1, 2):
+        for seed, aside in enumerate((-0.01, 0.0, 0.01)):
+            setting = {"problem.hospitals": hospitals, "problem.model.kind": "mlp"}
+            figures = {"utility": 0.5 + hospitals / 10 + aside, "loss": 1 / hospitals, "seconds": 8.0 * hospitals}
+            rows.append(row(len(rows), setting=setting, seed=seed, rounds=4, epsilon=None, **figures))
+    rows.append(row(9, setting=rows[0]["setting"], seed=3, utility=None, epsilon=None, seconds=900.0, rounds=4))
+    (sweep / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    page = build_sweep_page(sweep).read_text()
+    section = page[page.index('<section id="providers">') : page.index('<section id="studies">')]
+    assert section.count('<svg class="chart"') == 3
+    cells = [re.findall(r'<td class="n">([^<]*)</td>', line) for line in section.split("<tr>")[2:]]
+    half = 4.302653 * 0.01 / 3**0.5  # the 97.5 % quantile with two degrees of freedom
+    for number, found in zip((1, 2, 4), cells, strict=True):
+        mean = 0.5 + number / 10
+        # The seed that came to no end counts nowhere.
+        assert found == [
+            str(number), f"{mean:.3f}", f"{mean - half:.3f} to {mean + half:.3f}", f"{1 / number:.3f}",
+            f"{1 / number:.3f} to {1 / number:.3f}", f"{2 * number:.3f}", f"{2 * number:.3f} to {2 * number:.3f}", "3",
+        ]  # fmt: skip
+
+
+def test_a_sweep_of_one_number_of_hospitals_has_no_such_section(sweep):
+    assert 'id="providers"' not in build_sweep_page(sweep).read_text()

@@ -167,7 +167,7 @@ GRID = "[sweep.grid]\n"
         (GRID + "privacy.clip_nrom = [1.0]", "sweep: privacy.clip_nrom: unknown .*perhaps you meant privacy.clip_norm"),
         (GRID + "training.local.learning_rate = []", r"sweep.grid.training.local.learning_rate = \[\]: no values"),
         (GRID + "privacy.clip_norm = 1.0", "sweep.grid.privacy.clip_norm = 1.0: expected a list"),
-        (GRID + "privacy.clip_norm = [0.5, -1.0]", "privacy.clip_norm = -1.0: .*greater than 0"),
+        (GRID + "privacy.clip_norm = [0.5, -1.0]", "privacy.clip_norm = -1.0: .*greater than or equal to"),
         (GRID + "privacy.noise_multiplier = [-0.1]", "privacy.noise_multiplier = -0.1: .*greater than or equal to 0"),
         (GRID + 'training.rounds = ["ten"]', 'training.rounds = "ten": .*integer'),
         (GRID + "privacy.clip_norm = [1.0, 1.0]", "privacy.clip_norm: 1.0 is given twice"),

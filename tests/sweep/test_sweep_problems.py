@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capsfl.ct.phantom import PhantomConfig
+from capsfl.learning.classification import ClassificationConfig
+from capsfl.models.capsnet import CapsNetConfig
 from capsfl.sweeps.classifier import ImageModelConfig, make_image_task
 from capsfl.sweeps.mnist import FILES, read_mnist, split_over_hospitals
-from capsfl.sweeps.problems import MnistProblem, SyntheticProblem, build
+from capsfl.sweeps.problems import MnistProblem, PhantomProblem, SyntheticProblem, build
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -137,3 +140,28 @@ def test_every_network_scores_images_of_every_size(kind, side):
 def test_a_network_that_pools_the_image_away_is_refused():
     with pytest.raises(ValueError, match=r"problem.model.channels = \[1, 2, 3, 4\]: pools the image away"):
         make_image_task(ImageModelConfig(kind="cnn", channels=(1, 2, 3, 4)), side=8, classes=2, seed=0)
+
+
+def test_phantom_hospitals_join_one_after_another_and_are_scored_on_the_same_patients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for part in ("pool", "phantom.hospitals"):  # a process costs more to start than four phantoms to draw
+        monkeypatch.setattr(f"capsfl.ct.{part}.count_cores", lambda: 1)
+    cohort = PhantomConfig(hospitals=2, patients=8, matrix=128, positives_fraction=0.5, slice_thickness_mm=10, seed=11)
+    looking = ClassificationConfig(image_size=32, slices_per_scan=2, model=CapsNetConfig.ct(image_size=32))
+    problem = PhantomProblem(folder=str(tmp_path), phantom=cohort, field=(32, 64, 64), classification=looking)
+    both, first = build(problem), build(problem.model_copy(update={"hospitals": 1}))
+    assert (both.hospitals.names, first.hospitals.names) == (("hospital-A", "hospital-B"), ("hospital-A",))
+    np.testing.assert_array_equal(first.hospitals.records["image"], both.hospitals.records["image"][:1])
+    assert first.hospitals.counts.tolist() == both.hospitals.counts[:1].tolist()
+    assert first.held_out is both.held_out
+    assert first.held_out.names == both.hospitals.names, "whoever does not take part is scored too"
+    assert int(both.hospitals.counts.sum() + both.held_out.counts.sum()) == 8 * 2
+    assert both.utility == "accuracy"
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.dcm")}
+    assert len(written) > 8
+    with pytest.raises(ValueError, match=r"problem.test_fraction = 0.8: only 1 of 2 hospitals have a patient left"):
+        build(problem.model_copy(update={"test_fraction": 0.8}))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.dcm")} == written, "drawn once"
+    with pytest.raises(ValueError, match=r"problem.hospitals = 3: the phantom has 2; name fewer"):
+        build(problem.model_copy(update={"hospitals": 3}))

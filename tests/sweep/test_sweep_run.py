@@ -47,7 +47,7 @@ def federate(study: Study) -> tuple[Any, list[float | None], dict[str, float]]:
     return state.parameters, losses, engine.evaluate(state.parameters, built.held_out)["held out"]
 
 
-def advance(studies: list[Study], **options: int) -> tuple[list[Any], list[np.ndarray]]:
+def advance(studies: list[Study], **options: Any) -> tuple[list[Any], list[np.ndarray]]:
     """Weights and losses of studies of one group, all at once."""
     points, built = [study.point for study in studies], build(studies[0].point.problem)
     plans = [plan_of(point, num_hospitals=len(built.hospitals)) for point in points]

@@ -1,0 +1,168 @@
+"""Figures of a classifier of three classes and more, one row of probabilities a patient.
+
+The AUC is the mean over classes of each class against the rest (Provost & Domingos 2000, unweighted); calls for
+accuracy go to the most probable class. A figure that the data leave undefined is None.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from capsfl.learning import metrics
+
+_PERMUTATIONS = 300
+
+
+def macro_auc(probabilities: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return the mean one-vs-rest AUC of `(patients, classes)`, None unless every class is present."""
+    areas = [metrics.auc(column, labels == k) for k, column in enumerate(probabilities.T)]
+    known = [area for area in areas if area is not None]
+    return float(np.mean(known)) if len(known) == len(areas) else None
+
+
+def macro_auc_interval(
+    probabilities: np.ndarray, labels: np.ndarray, *, people: np.ndarray | None = None, seed: int = 0
+) -> tuple[float, float] | None:
+    """Return a 95 % interval for `macro_auc` by patient bootstrap; None where that is None.
+
+    Where it is 1, that of the rarest class against the rest, which `metrics.auc_interval` bounds exactly: the bootstrap
+    would give no width.
+    """
+    area = macro_auc(probabilities, labels)
+    if area is None:
+        return None
+    if area == 1:
+        rarest = int(np.argmin(np.bincount(labels, minlength=probabilities.shape[1])))
+        return metrics.auc_interval(probabilities[:, rarest], labels == rarest, patients=people, seed=seed)
+    return metrics.bootstrap_interval(macro_auc, probabilities, labels, patients=people, seed=seed, resamples=1000)
+
+
+def multiclass_report(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+    hospitals: Sequence[str] | np.ndarray | None = None,
+    *,
+    people: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the figures of one table row; each row of probabilities is one patient.
+
+    Keys: auc, auc_low, auc_high (macro); accuracy and balanced_accuracy (the mean of the classes' sensitivities) of the
+    most probable class; sensitivity, specificity and precision of "not class 0" at the threshold; threshold, patients,
+    positives; "classes", one row per class; and with `hospitals` a dict of such rows under "hospitals".
+
+    Args:
+        probabilities: `(patients, classes)`, rows that sum to one.
+        labels: `(patients,)` integers from 0 to classes - 1.
+        threshold: on `1 - probabilities[:, 0]`.
+        hospitals: of each patient.
+        people: a number for whose each row is; a person with several scans is drawn with all of them.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: shapes that do not fit, or a label that is no class.
+    """
+    probabilities, labels = _checked(probabilities, labels)
+    interval = macro_auc_interval(probabilities, labels, people=people, seed=seed)
+    ill = metrics.classification_report(1 - probabilities[:, 0], labels > 0, threshold, seed=seed, people=people)
+    report: dict[str, Any] = ill | {
+        "auc": macro_auc(probabilities, labels),
+        "auc_low": None if interval is None else interval[0],
+        "auc_high": None if interval is None else interval[1],
+        **_calls(probabilities, labels),
+        "classes": [_class_row(probabilities, labels, k, people, seed=seed) for k in range(probabilities.shape[1])],
+    }
+    if hospitals is not None:
+        names = np.asarray(hospitals)
+        report["hospitals"] = {
+            str(name): multiclass_report(
+                probabilities[names == name],
+                labels[names == name],
+                threshold,
+                people=None if people is None else people[names == name],
+                seed=seed,
+            )
+            for name in np.unique(names)
+        }
+    return report
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the Brier score (Brier 1950, summed over classes) and the expected calibration error of the calls."""
+    probabilities, labels = _checked(probabilities, labels)
+    truth = np.eye(probabilities.shape[1])[labels]
+    called = probabilities.argmax(axis=1)
+    confidence = np.clip(probabilities.max(axis=1), 0, 1)
+    return {
+        "brier": float(np.mean(np.sum(np.square(probabilities - truth), axis=1))),
+        "ece": metrics.ece(confidence, called == labels),
+    }
+
+
+def most_frequent_row(labels: np.ndarray, classes: int) -> dict[str, Any]:
+    """Return the report of calling every patient ill, of the most frequent class but 0; the first control."""
+    labels = np.asarray(labels)
+    frequent = 1 + int(np.argmax(np.bincount(labels, minlength=classes)[1:]))
+    return multiclass_report(np.eye(classes)[np.full(len(labels), frequent)], labels, threshold=0.5)
+
+
+def permuted_rows(probabilities: np.ndarray, labels: np.ndarray, *, threshold: float, seed: int = 0) -> dict[str, Any]:
+    """Return the mean report of the same probabilities against shuffled labels, the second control.
+
+    auc_low and auc_high hold 95 % of the permuted AUCs.
+    """
+    probabilities, labels = _checked(probabilities, labels)
+    generator = np.random.default_rng(seed)
+    areas, rows = [], []
+    for _ in range(_PERMUTATIONS):
+        shuffled = generator.permutation(labels)
+        areas.append(macro_auc(probabilities, shuffled))
+        figures = metrics.threshold_figures(1 - probabilities[:, 0], shuffled > 0, threshold)
+        rows.append(figures | _calls(probabilities, shuffled))
+    defined = areas[0] is not None
+    return {
+        "auc": float(np.mean(areas)) if defined else None,
+        "auc_low": float(np.quantile(areas, 0.025)) if defined else None,
+        "auc_high": float(np.quantile(areas, 0.975)) if defined else None,
+        **{key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in rows[0]},
+        "threshold": float(threshold),
+        "patients": int(labels.size),
+        "positives": int(np.sum(labels > 0)),
+    }
+
+
+def _calls(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    called = probabilities.argmax(axis=1)
+    found = [np.mean(called[labels == k] == k) for k in range(probabilities.shape[1]) if np.any(labels == k)]
+    everyone = len(found) == probabilities.shape[1]
+    return {
+        "accuracy": float(np.mean(called == labels)),
+        "balanced_accuracy": float(np.mean(found)) if everyone else None,
+    }
+
+
+def _class_row(
+    probabilities: np.ndarray, labels: np.ndarray, k: int, people: np.ndarray | None, *, seed: int
+) -> dict[str, Any]:
+    """One class against the rest; called where it is the most probable one."""
+    own, called = labels == k, probabilities.argmax(axis=1) == k
+    interval = metrics.auc_interval(probabilities[:, k], own, patients=people, seed=seed, resamples=500)
+    return {
+        "class": k,
+        "auc": metrics.auc(probabilities[:, k], own),
+        "auc_low": None if interval is None else interval[0],
+        "auc_high": None if interval is None else interval[1],
+        **metrics.threshold_figures(called.astype(float), own, 0.5),
+        "patients": int(own.sum()),
+    }
+
+
+def _checked(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
+    if probabilities.ndim != 2 or labels.shape != (len(probabilities),) or not labels.size:
+        raise ValueError(f"probabilities {probabilities.shape} and labels {labels.shape}: expected a row per label")
+    if not np.isin(labels, np.arange(probabilities.shape[1])).all():
+        raise ValueError(f"labels {np.unique(labels).tolist()}: expected 0 to {probabilities.shape[1] - 1}")
+    return probabilities, labels.astype(int)

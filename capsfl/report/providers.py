@@ -1,0 +1,98 @@
+"""What another hospital adds: score, loss and time of a round against the number of hospitals of a sweep.
+
+Kumar et al. 2020, Figures 11-13, there of one training each; here with intervals over seeds.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from capsfl.report.figures import MAX_LINES
+from capsfl.report.formats import decimals
+from capsfl.report.spreads import Spread, spreads
+from capsfl.report.studies import Summary, mean_interval, numeric_fields
+from capsfl.report.study import Record, number_at
+
+FIELD = "problem.hospitals"
+"""The swept field that says how many hospitals take part."""
+
+
+def providers(
+    rows: Sequence[Summary], *, utility: str, words: Callable[[Mapping[str, Any]], str]
+) -> dict[str, Any] | None:
+    """Three charts and their table, a line for every setting of the other fields; None where the number is not swept.
+
+    Args:
+        rows: the settings of a sweep.
+        utility: name of the score that studies are compared by.
+        words: says a setting in words.
+    """
+    if FIELD not in numeric_fields(rows):
+        return None
+    lines: dict[str, list[Summary]] = {}
+    for row in sorted(rows, key=lambda row: row.setting[FIELD]):
+        rest = {name: value for name, value in row.setting.items() if name != FIELD}
+        lines.setdefault(words(rest) if rest else "", []).append(row)
+    shown = dict(list(lines.items())[:MAX_LINES])
+    colours = {name: f"series-{place}" if len(shown) > 1 else "accent" for place, name in enumerate(shown)}
+    figures = ((utility, _utility), ("training loss", _loss), ("seconds per round", _seconds))
+    charts = [
+        spreads(
+            {name: _line(members, figure) for name, members in shown.items()},
+            title=title,
+            label="hospitals",
+            colours=colours,
+            unit_interval=figure is _utility,
+            doubling=True,
+        )
+        for title, figure in figures
+    ]
+    return {
+        "charts": [Markup(chart) for chart in charts],
+        "legend": list(colours.items()) if len(shown) > 1 else [],
+        "figures": [title for title, _ in figures],
+        "rows": [
+            {
+                "words": name,
+                "hospitals": row.setting[FIELD],
+                "seeds": len(row.values),
+                "cells": [_cell(_figures(row, figure)) for _, figure in figures],
+            }
+            for name, members in shown.items()
+            for row in members
+        ],
+        "hidden": len(lines) - len(shown),
+    }
+
+
+def _utility(row: Record) -> float | None:
+    return number_at(row, "utility")
+
+
+def _loss(row: Record) -> float | None:
+    return number_at(row, "loss")
+
+
+def _seconds(row: Record) -> float | None:
+    """Wall time of a study, its scoring included and its compilation not, by its rounds."""
+    seconds, rounds = number_at(row, "seconds"), number_at(row, "rounds")
+    return None if seconds is None or not rounds else seconds / rounds
+
+
+def _figures(row: Summary, figure: Callable[[Record], float | None]) -> tuple[float, float | None, float | None] | None:
+    """Mean over the seeds that came to an end, and its 95 % t-interval."""
+    finished = [each for each in row.rows if each.get("status") == "finished"]
+    return mean_interval([value for each in finished if (value := figure(each)) is not None])
+
+
+def _line(members: Sequence[Summary], figure: Callable[[Record], float | None]) -> list[Spread]:
+    found = [(float(row.setting[FIELD]), _figures(row, figure)) for row in members]
+    return [Spread(place, *figures) for place, figures in found if figures is not None]
+
+
+def _cell(figures: tuple[float, float | None, float | None] | None) -> dict[str, str]:
+    if figures is None:
+        return {"value": "–", "interval": ""}
+    value, low, high = figures
+    return {"value": decimals(value), "interval": "" if low is None else f"{decimals(low)} to {decimals(high)}"}
