@@ -2,7 +2,6 @@
 
 import json
 import os
-import selectors
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 from capsfl.bench.ingest_process import CONTESTANTS
 from capsfl.bench.machine import describe
 from capsfl.bench.measuring import Sample, alternate, ratio
-from capsfl.bench.peer import PeerError
+from capsfl.bench.peer import PeerError, read_reply
 from capsfl.ct.dicom import read_dicom
 from capsfl.ct.normalize import VolumeConfig, standardize
 from capsfl.ct.phantom import SCANNERS, PhantomConfig, acquire, patient
@@ -27,7 +26,6 @@ from capsfl.ct.phantom.cohort import cohort
 from capsfl.ct.phantom.series import write_series
 from capsfl.workers import count_cores
 
-TIMEOUT_S = 300.0
 WARM_SLICES = 8
 """Slices of the run before any other, which loads what a library loads when it is first needed."""
 ONE_THREAD = (
@@ -152,19 +150,7 @@ class Contestant:
         Raises:
             PeerError: it could not; the message says why.
         """
-        assert self._process.stdout is not None
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(self._process.stdout, selectors.EVENT_READ)
-            if not waiting.select(TIMEOUT_S):
-                self._process.kill()
-                raise PeerError(f"no answer within {TIMEOUT_S:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise PeerError("its process has ended, perhaps for want of memory")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise PeerError(reply["error"])
-        return reply
+        return read_reply(self._process)
 
 
 def _series(options: IngestBench, work: Path) -> dict[str, Path]:

@@ -24,6 +24,27 @@ class PeerError(Exception):
     """The peer cannot do what was asked; the message says why."""
 
 
+def read_reply(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """Waits for the line of JSON that a process answers with.
+
+    Raises:
+        PeerError: it is silent for too long, has ended, or tells of an error.
+    """
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(process.stdout, selectors.EVENT_READ)
+        if not waiting.select(TIMEOUT_S):
+            process.kill()  # it would answer an old question later
+            raise PeerError(f"no answer within {TIMEOUT_S:.0f} s")
+    line = process.stdout.readline()
+    if not line:
+        raise PeerError("its process has ended, perhaps for want of memory")
+    reply = json.loads(line)
+    if "error" in reply:
+        raise PeerError(reply["error"])
+    return reply
+
+
 class Peer:
     """A process with torch; use it as a context manager.
 
@@ -121,16 +142,4 @@ class Peer:
 
     def _read(self) -> dict[str, Any]:
         assert self._process is not None
-        assert self._process.stdout is not None
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(self._process.stdout, selectors.EVENT_READ)
-            if not waiting.select(TIMEOUT_S):
-                self._process.kill()  # it would answer an old question later
-                raise PeerError(f"no answer within {TIMEOUT_S:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise PeerError("its process has ended, perhaps for want of memory")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise PeerError(reply["error"])
-        return reply
+        return read_reply(self._process)

@@ -320,7 +320,8 @@ def test_the_command_checks_without_storing(tree, tmp_path, monkeypatch, capsys)
     assert not list((tmp_path / "looked").rglob("*.zarr"))
 
 
-def test_the_command_names_what_does_not_fit_together(tree, capsys):
+def test_the_command_names_what_does_not_fit_together(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     for words, message in (
         ([str(tree)], "out: missing; name a folder for the volumes, or add --check"),
         ([str(tree), "out", "--side", "64"], "side: only with --collection"),
