@@ -5,6 +5,7 @@ payload. The CRC tells a torn write from a whole one: it protects against accide
 Only names that are regular files are opened, without following links or waiting on a FIFO.
 """
 
+import errno
 import fcntl
 import os
 import stat
@@ -65,7 +66,9 @@ def surfaced(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}", path=path) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; free space, then run the same command again" if full else ""
+        raise StorageError(f"{path}: {error.strerror or error}{remedy}", path=path) from error
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Rounds of a run, killed by SIGKILL again and again at moments drawn by chance: no time goes into scans or networks.
 
-    python killed_rounds.py FOLDER KILLS_BY_CHANCE VARIANT
+    python killed_rounds.py FOLDER KILLS_BY_CHANCE EVERY VARIANT
 
 Every life is a fork of this process, which has imported everything and has not yet asked JAX for a device: starting
 Python would cost more than the rounds. Two stages of rounds over a line go through the very functions of `capsfl
 train`: ledger, curves, checkpoints, keys, records on disk. One run is left alone; its touches of the file system are
-the moments that others are killed at, or shortly after. Another is killed at all the moments that matter most. After
-every kill what a run has committed must be in the unbroken one, and at its end all of it. Prints the number of kills,
-and of those by chance how many fell into which stage.
+the moments that others are killed at, or shortly after. Another is killed at the moments that matter most, all of
+them or every so many. After every kill what a run has committed must be in the unbroken one, and at its end all of
+it. Prints the number of kills, and of those by chance how many fell into which stage.
 """
 
 import contextlib
@@ -192,7 +192,7 @@ def stage_of(touch: tuple[float, str, str], after: tuple[float, str, str]) -> st
     return next((name for name, where in STAGES.items() if re.search(where, touch[2])), "other")
 
 
-def main(place: Path, kills: int, variant: str) -> None:
+def main(place: Path, kills: int, every: int, variant: str) -> None:
     """Kills runs until there were so many kills."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     generator = np.random.default_rng([5, len(variant)])
@@ -200,7 +200,8 @@ def main(place: Path, kills: int, variant: str) -> None:
     assert fork(whole, variant, note=timeline) == 0
     touches = [row for row in json.loads(timeline.read_text()) if str(whole) in row[2]]
     rows = [(stage_of(row, after), *row, after[0] - row[0]) for row, after in itertools.pairwise(touches)]
-    for event, pattern, count in FIXED:
+    fixed = FIXED[every // 2 :: every]
+    for event, pattern, count in fixed:
         assert fork(place / "run-0", variant, moment=[event, pattern, str(count), "0"]) == -9, pattern
         compare(check_within, place / "run-0", whole)
     assert fork(place / "run-0", variant) == 0
@@ -227,8 +228,8 @@ def main(place: Path, kills: int, variant: str) -> None:
         if status == -9:
             assert fork(folder, variant) == 0
         compare(assert_same, folder, whole)
-    print(json.dumps({"kills": len(FIXED) + counts.total(), "runs": number, "stages": dict(counts)}))
+    print(json.dumps({"kills": len(fixed) + counts.total(), "runs": number, "stages": dict(counts)}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute(), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]).absolute(), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -27,7 +27,7 @@ rounds = 3
 crop = 16
 crops_per_plane = 2
 planes = ["xy"]
-model = {{ width = 0.13, num_iters = 1 }}
+model = {{ name = "unet", width = 2, depth = 2 }}
 local = {{ optimizer = "sgd", learning_rate = 0.01 }}
 
 [devices]

@@ -69,8 +69,8 @@ def _campaign(act: Callable[[], None], check: Callable[[bool], None]) -> int:
                 with _Disk(at, fault)():
                     act()
                 done = True
-            except (StorageError, _PowerCut):
-                pass
+            except (StorageError, _PowerCut) as error:
+                assert fault != "full" or "free space" in str(error)
             assert done or fault != "short write"
             check(done)
     return counter.count
