@@ -5,7 +5,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,11 +14,17 @@ from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import Tag
-from pydicom.uid import UID, CTImageStorage, DeflatedExplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from capsfl.ct import errors, multiframe
 from capsfl.ct.errors import ScanError
-from capsfl.ct.slices import DicomSlice, make_slice, number, read_facts, several
+from capsfl.ct.slices import DicomSlice, PlainPixels, make_slice, number, read_facts, several
 
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dc3", ".ima"}
 MAGIC = slice(128, 132)
@@ -150,23 +156,25 @@ def _parse(stream: BinaryIO, *, force: bool) -> Dataset:
     for tag in READ_TAGS:  # values are converted on first use, which fails here or never
         if tag in header:
             header[tag]
-    header.pixel_bytes = _pixel_bytes(stream, header)
+    header.pixel_bytes, header.pixel_element = _pixel_bytes(stream, header)
+    header.pixel_offset = stream.tell()
     return header
 
 
-def _pixel_bytes(stream: BinaryIO, header: Dataset) -> int | None:
+def _pixel_bytes(stream: BinaryIO, header: Dataset) -> tuple[int | None, bytes]:
     """Declared length of the pixels, in front of which the parser stops; None where the file was cut off before.
 
-    Negative where it cannot be known yet: compressed pixels tell only when they are decoded.
+    Negative where it cannot be known yet: compressed pixels tell only when they are decoded. With it come the bytes
+    that declare it, behind which the stream then stands.
     """
     if header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        return -1
+        return -1, b""
     implicit, little = header.original_encoding
     element = stream.read(8 if implicit else 12)
     if len(element) < 8 or element[:4] not in PIXEL_DATA:
-        return None
+        return None, b""
     length = int.from_bytes(element[-4:], "little" if little else "big")
-    return -1 if length == UNDEFINED_LENGTH else length
+    return -1 if length == UNDEFINED_LENGTH else length, element
 
 
 def _sop_class(header: Dataset) -> object:
@@ -225,10 +233,27 @@ def _slices(path: Path, header: Dataset) -> tuple[DicomSlice, ...]:
     if multiframe.is_multiframe(header):
         slices = multiframe.slices_of(path, header)
     else:
-        slices = (make_slice(path, None, header, header.get, facts=read_facts(header, header.get), stack=""),)
+        one = make_slice(path, None, header, header.get, facts=read_facts(header, header.get), stack="")
+        slices = (replace(one, plain=_plain_pixels(header, one)),)
     if not UID(slices[0].syntax).is_compressed:
         _check_size(path, header, slices)
     return slices
+
+
+def _plain_pixels(header: Dataset, slice_: DicomSlice) -> PlainPixels | None:
+    """Where the integers lie, if the header leaves no question: then the file is not parsed again for them."""
+    stored, sign = number(header.get("BitsStored")), number(header.get("PixelRepresentation"))
+    if (
+        slice_.syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
+        or header.get("SamplesPerPixel") != 1
+        or header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2")
+        or header.get("BitsAllocated") != 16
+        or not (stored is not None and 1 <= stored <= 16)
+        or sign not in (0, 1)
+        or header.pixel_element[:4] != PIXEL_DATA[0]
+    ):
+        return None
+    return PlainPixels(header.pixel_offset, header.pixel_element, signed=sign == 1, unused=16 - int(stored))
 
 
 def _check_size(path: Path, header: Dataset, slices: tuple[DicomSlice, ...]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from capsfl.ct.errors import ScanError, printable
 from capsfl.ct.lungs import find_lungs, lung_box, lung_mask
-from capsfl.ct.resample import apply_weights, resample_hu, resample_mask, weight_matrix
+from capsfl.ct.resample import apply_weights, covered, resample_hu, resample_mask, weight_matrix
 from capsfl.ct.scan import AIR_HU, Scan, ScanSource
 from capsfl.settings import Settings
 
@@ -147,7 +147,8 @@ def standardize(scan: Scan, *, config: VolumeConfig, masks: Mapping[str, np.ndar
     smooth, linear = weights("lanczos"), weights("linear")
     if scan.valid.all():
         valid = np.zeros((side, side, side), bool)
-        valid[np.ix_(*(np.flatnonzero(matrix.any(axis=1)) for matrix in linear))] = True
+        z, y, x = (covered(matrix) for matrix in linear)
+        valid[z, y, x] = True
     else:
         valid = resample_mask(scan.valid, linear)
 

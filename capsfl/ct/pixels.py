@@ -15,7 +15,7 @@ from capsfl.ct import errors
 from capsfl.ct.codestreams import frame_size
 from capsfl.ct.errors import printable
 from capsfl.ct.scan import AIR_HU, PADDING_HU
-from capsfl.ct.slices import DicomSlice
+from capsfl.ct.slices import DicomSlice, PlainPixels
 
 HIGHEST_HU = 32768.0
 """Extended scales end at 30710 HU: beyond it the header misreads the stored values."""
@@ -58,6 +58,9 @@ def decode(slices: Sequence[DicomSlice]) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _frames(path: Path, slices: list[DicomSlice]) -> Iterator[np.ndarray]:
+    if slices[0].plain is not None:
+        yield _plain(path, slices[0], slices[0].plain)
+        return
     syntax = UID(slices[0].syntax)
     if slices[0].frame is not None and not syntax.is_compressed:
         # Native frames are read one by one: a whole multi-frame file may be as large as its volume.
@@ -73,6 +76,20 @@ def _frames(path: Path, slices: list[DicomSlice]) -> Iterator[np.ndarray]:
         yield pixel_array(dataset, raw=True)
     else:
         yield from iter_pixels(dataset, indices=[file.frame or 0 for file in slices], raw=True)
+
+
+def _plain(path: Path, file: DicomSlice, plain: PlainPixels) -> np.ndarray:
+    """The integers from where the header's reader left them."""
+    size = 2 * file.rows * file.columns
+    with path.open("rb") as stream:
+        stream.seek(plain.offset - len(plain.element))
+        found = stream.read(len(plain.element) + size)
+    if not found.startswith(plain.element) or len(found) != len(plain.element) + size:
+        raise errors.CorruptFile(path, "changed since its header was read", "copy it again from its source")
+    stored = np.frombuffer(found, "<i2" if plain.signed else "<u2", offset=len(plain.element))
+    if plain.unused:
+        stored = (stored << plain.unused) >> plain.unused
+    return stored.reshape(file.rows, file.columns)
 
 
 def _check_codestreams(path: Path, dataset: Dataset, slices: list[DicomSlice]) -> None:
@@ -114,7 +131,7 @@ def to_hounsfield(file: DicomSlice, stored: np.ndarray, hu: np.ndarray, valid: n
     if file.padding is not None:
         first, last = _padding_range(file.padding, stored.dtype)
         if first <= high and last >= low:
-            padding = (stored >= first) & (stored <= last)
+            padding = stored == first if first == last else (stored >= first) & (stored <= last)
     if ends[0] < PADDING_HU:
         below = hu < PADDING_HU
         padding = below if padding is None else padding | below
@@ -123,8 +140,9 @@ def to_hounsfield(file: DicomSlice, stored: np.ndarray, hu: np.ndarray, valid: n
         lowest, highest = ends
     else:
         np.logical_not(padding, out=valid)
-        hu[padding] = AIR_HU
-        lowest = float(np.min(hu, where=valid, initial=np.inf))
+        np.copyto(hu, np.inf, where=padding)
+        lowest = float(hu.min())  # a tenth of the time that a minimum with `where` takes
+        np.copyto(hu, AIR_HU, where=padding)
         highest = float(hu.max())
     if not highest <= HIGHEST_HU:
         raise errors.CorruptFile(

@@ -67,7 +67,7 @@ def resample_hu(
         outside: HU where no weight reaches.
     """
     out = np.empty(_output_shape(weights), np.int16)
-    z, y, x = (np.any(axis, axis=1) for axis in weights)
+    z, y, x = (covered(axis) for axis in weights)
 
     def finish(block: np.ndarray, target: np.ndarray) -> None:
         np.rint(block, out=block)
@@ -75,7 +75,12 @@ def resample_hu(
         np.copyto(target, block, casting="unsafe")
 
     _resample(hu, weights, limits, out, finish)
-    out[~z], out[:, ~y], out[:, :, ~x] = outside, outside, outside
+    for edge in (slice(0, z.start), slice(z.stop, None)):
+        out[edge] = outside
+    for edge in (slice(0, y.start), slice(y.stop, None)):
+        out[z, edge] = outside
+    for edge in (slice(0, x.start), slice(x.stop, None)):
+        out[z, y, edge] = outside
     return out
 
 
@@ -89,10 +94,16 @@ def resample_mask(mask: np.ndarray, weights: Sequence[np.ndarray]) -> np.ndarray
     out = np.zeros(_output_shape(weights), bool)
     if len(mask) > 1 and (mask[1:] == mask[0]).all():  # a reconstruction circle is the same in every slice
         plane = resample_mask(mask[:1], [np.ones((1, 1), np.float32), *weights[1:]])
-        out[weights[0].any(axis=1)] = plane
+        out[covered(weights[0])] = plane
         return out
     _resample(mask, weights, None, out, lambda block, target: np.greater_equal(block, 0.5, out=target))
     return out
+
+
+def covered(weights: np.ndarray) -> slice:
+    """The range of outputs with any weight; samples are in order, so that there are no gaps."""
+    used = np.flatnonzero(weights.any(axis=1))
+    return slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)
 
 
 def _output_shape(weights: Sequence[np.ndarray]) -> tuple[int, ...]:

@@ -41,6 +41,19 @@ class SliceFacts:
 
 
 @dataclass(frozen=True)
+class PlainPixels:
+    """Where in its file a slice's 16-bit integers lie bare, low byte first, one row after the other."""
+
+    offset: int
+    """Bytes in front of them."""
+    element: bytes
+    """Tag, type and length of their element: the bytes right in front of them."""
+    signed: bool
+    unused: int
+    """Bits at the top that hold no part of the number: nothing, its sign, or an overlay."""
+
+
+@dataclass(frozen=True)
 class DicomSlice:
     """A single-frame file, or one frame of a multi-frame file; its pixels are still on disk."""
 
@@ -71,6 +84,8 @@ class DicomSlice:
     facts: SliceFacts
     patient_known: bool = True
     """Whether `patient` is a PatientID."""
+    plain: PlainPixels | None = None
+    """None where a decoder has to be asked."""
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydicom.encaps import encapsulate
 
 from capsfl.ct import errors
-from capsfl.ct.dicom import ReaderConfig, read_dicom, scan_folder
+from capsfl.ct.dicom import ReaderConfig, read_dicom, read_series, scan_folder
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 ORIENTATIONS = {
@@ -353,6 +353,20 @@ def test_broken_files_are_named(tmp_path, write_series):
     files[1].write_bytes(b"this is no DICOM file" * 40)
     with pytest.raises(errors.NotDicom, match=files[1].name):
         read_dicom(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter"])
+def test_a_file_that_changes_after_its_header_was_read_is_named(tmp_path, write_series, change):
+    path = write_series(tmp_path)[2]
+    (series,) = scan_folder(tmp_path).series
+    if change == "longer":
+        dataset = pydicom.dcmread(path)
+        dataset.SeriesDescription = "written anew, so that the pixels have moved"
+        dataset.save_as(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(errors.CorruptFile, match=f"{path.name}: changed since its header was read"):
+        read_series(series)
 
 
 def test_folders_without_a_series_say_what_they_hold(tmp_path, write_series):
