@@ -54,7 +54,7 @@ def _what_is_missing(record: RoundRecord, index: Index, config: StudyConfig, nam
     """What a round lacks, or has and should not, in a line; None where it is as configured."""
     place, stage = (record.task, record.round), config.stages.get(record.task)
     cohort = {index.hospitals[name.casefold()] for name in record.cohort}
-    committed = {commitment.hospital for commitment in index.commitments.get(place, ())}
+    committed = index.committed(place)
     if absent := cohort - committed:
         return f"no commitment of {_listed(names[member] for member in absent)}"
     if others := committed - cohort:

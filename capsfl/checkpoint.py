@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,47 @@ import orbax.checkpoint as ocp
 from capsfl.digests import path_name
 from capsfl.digests import tensor_leaves as tensor_leaves
 from capsfl.federated.round import RoundState
-from capsfl.ledger.records import RoundRecord
+from capsfl.ledger.history import first_difference
+from capsfl.ledger.records import RoundRecord, parameters_root
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read back; the message names the folder and the remedy."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a round leaves on disk.
+
+    Attributes:
+        state: weights, server optimizer, round and the rest: dictionaries of arrays by path.
+        key: data of the run's root key; every draw of a round is folded from it and the round's number.
+        accountant: what the privacy accountant reports at this round.
+        ledger: the ledger's log, this round's record included, as an array of bytes.
+    """
+
+    state: Mapping[str, Any]
+    key: Any
+    accountant: Mapping[str, Any]
+    ledger: Any
+
+    @classmethod
+    def of(cls, state: RoundState, *, key: jax.Array, accountant: Mapping[str, Any], ledger: bytes) -> "Step":
+        """Returns the step of a round from the run's root key and the ledger's log."""
+        data = np.asarray(jax.random.key_data(key))
+        return cls(_plain(state), data, dict(accountant), np.frombuffer(ledger, np.uint8))
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Digest of everything in the step, by name, in hex."""
+        report = json.dumps(self.accountant, sort_keys=True).encode()
+        arrays = tensor_leaves({**self.state, "random": self.key, "ledger": self.ledger})
+        return arrays | {"accountant": hashlib.sha256(report).hexdigest()}
+
+    @property
+    def digest(self) -> str:
+        """One digest of it all, the same whenever the round is run again: the Merkle root over the digests, in hex."""
+        return parameters_root(self.digests)
 
 
 @dataclass(frozen=True)
@@ -34,19 +71,21 @@ class Restored:
         state: weights, server optimizer state and round.
         accountant: what the privacy accountant had reported at that round.
         ledger: the ledger's log as it was when the step was saved.
+        digest: of everything in the step (`Step.digest`).
     """
 
     state: RoundState
     accountant: Mapping[str, Any]
     ledger: bytes
+    digest: str
 
 
 class Checkpoints:
     """The rounds of one task under `folder/<round>`.
 
     Orbax writes a step beside its final name and renames it, so an interrupted save never becomes the latest. A step
-    also holds the digest of everything in it: a disk that changes a bit of an optimizer's state, where no signed record
-    would tell, is refused too.
+    also holds the digests of everything in it: a disk that changes a bit of an optimizer's state, which the ledger does
+    not record, is refused by name.
 
     Args:
         folder: created when missing.
@@ -63,31 +102,23 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"{folder}: {error.strerror or error}; choose a writable `out`") from error
 
-    def save(self, state: RoundState, *, key: jax.Array, accountant: Mapping[str, Any], ledger: bytes) -> None:
-        """Saves one round atomically, or raises CheckpointError and leaves the previous rounds as they were.
-
-        Args:
-            state: weights, server optimizer and round.
-            key: the run's root key; every draw of a round is folded from it and the round's number.
-            accountant: what the privacy accountant reports at this round.
-            ledger: the ledger's log, this round's record included.
-        """
-        step = int(state.round)
-        plain, key_data, log = _plain(state), np.asarray(jax.random.key_data(key)), np.frombuffer(ledger, np.uint8)
+    def save(self, step: Step) -> None:
+        """Saves one round atomically, or raises CheckpointError and leaves the previous rounds as they were."""
+        number = int(step.state["round"])
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(plain),
-            random=ocp.args.StandardSave({"key": key_data}),
-            accountant=ocp.args.JsonSave(dict(accountant)),
-            ledger=ocp.args.StandardSave({"log": log}),
-            digests=ocp.args.JsonSave(_digests(plain, key_data, accountant, log)),
+            state=ocp.args.StandardSave(step.state),
+            random=ocp.args.StandardSave({"key": step.key}),
+            accountant=ocp.args.JsonSave(step.accountant),
+            ledger=ocp.args.StandardSave({"log": step.ledger}),
+            digests=ocp.args.JsonSave(step.digests),
         )
         try:
             with _quiet_orbax():
-                self._manager.save(step, args=items)
+                self._manager.save(number, args=items)
                 self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{self.folder / str(step)}: checkpoint not written: {_cause(error)}; "
+                f"{self.folder / str(number)}: checkpoint not written: {_cause(error)}; "
                 "free space or choose another `out`, then run again to resume"
             ) from error
 
@@ -129,11 +160,11 @@ class Checkpoints:
                 f"{self.folder / str(step)}: checkpoint unreadable: {_cause(error)}; delete this folder to "
                 "resume from the round before it"
             ) from error
-        found = _digests(items.state, items.random["key"], items.accountant, items.ledger["log"])
-        changed = [name for name in sorted(found | items.digests) if found.get(name) != items.digests.get(name)]
-        if changed:
+        found = Step(items.state, items.random["key"], items.accountant, items.ledger["log"])
+        changed = first_difference(items.digests, found.digests)
+        if changed is not None:
             raise CheckpointError(
-                f"{self.folder / str(step)}: {changed[0]} is not what was saved; delete this folder to resume from the "
+                f"{self.folder / str(step)}: {changed} is not what was saved; delete this folder to resume from the "
                 "round before it"
             )
         if not np.array_equal(items.random["key"], jax.random.key_data(key)):
@@ -150,7 +181,7 @@ class Checkpoints:
             None if like.noise is None else _like(like.noise, items.state["noise"]),
             None if like.statistics is None else _like(like.statistics, items.state["statistics"]),
         )
-        return Restored(state, items.accountant, np.asarray(items.ledger["log"], np.uint8).tobytes())
+        return Restored(state, found.accountant, np.asarray(found.ledger, np.uint8).tobytes(), found.digest)
 
     def close(self) -> None:
         """Releases Orbax's threads."""
@@ -179,22 +210,43 @@ def read_parameters(folder: Path, round_number: int) -> dict[str, np.ndarray] | 
         CheckpointError: the round is there and cannot be read.
     """
     tree = _read_state(folder.absolute() / str(round_number))
-    if tree is None:
-        return None
-    parameters = tree["parameters"]
-    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
+    return None if tree is None else named_arrays(tree["parameters"])
+
+
+def read_step(folder: Path, round_number: int) -> Step:
+    """Reads all that is kept of a round without knowing the model.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not there.
+    """
+    step = folder.absolute() / str(round_number)
+    with _reading(step):
+        state, random, ledger = (_read_arrays(step / item) for item in ("state", "random", "ledger"))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as reader:
+            return Step(state, random["key"], reader.restore(step / "accountant"), ledger["log"])
 
 
 def _read_state(step: Path) -> Any:
     """The state of a round as it lies on disk; None when it is not there."""
     if not step.is_dir():
         return None
+    with _reading(step):
+        return _read_arrays(step / "state")
+
+
+def _read_arrays(item: Path) -> Any:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+        # Asked for as arrays of the host: what four devices have written, one can read.
+        return reader.restore(item, jax.tree.map(_on_host, reader.metadata(item).item_metadata.tree))
+
+
+@contextmanager
+def _reading(step: Path) -> Iterator[None]:
+    """Raises a CheckpointError for whatever Orbax trips over in a damaged file, an AttributeError too."""
     try:
-        with _quiet_orbax(), ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
-            # Asked for as arrays of the host: what four devices have written, one can read.
-            shapes = reader.metadata(step / "state").item_metadata.tree
-            return reader.restore(step / "state", jax.tree.map(_on_host, shapes))
-    except Exception as error:  # whatever Orbax trips over in a damaged file, an AttributeError too
+        with _quiet_orbax():
+            yield
+    except Exception as error:
         raise CheckpointError(f"{step}: checkpoint unreadable: {_cause(error)}") from error
 
 
@@ -253,10 +305,8 @@ def check_recorded(record: RoundRecord | None, parameters: Any, place: Path) -> 
     Raises:
         CheckpointError: no record of the round, or a tensor that differs; names the first one.
     """
-    leaves = tensor_leaves(parameters)
-    expected = {} if record is None else dict(record.leaves)
-    if leaves != expected:
-        leaf = next((name for name in sorted(leaves | expected) if leaves.get(name) != expected.get(name)), "")
+    leaf = first_difference({} if record is None else dict(record.leaves), tensor_leaves(parameters))
+    if leaf is not None:
         raise CheckpointError(
             f"{place}: {leaf} is not what the ledger recorded; see `capsfl verify`, and delete this folder to go on "
             "from the round before it"
@@ -314,15 +364,6 @@ def _plain(state: RoundState) -> dict[str, Any]:
     if state.statistics is not None:
         plain["statistics"] = _by_path(state.statistics)
     return plain
-
-
-def _digests(state: Any, key: Any, accountant: Mapping[str, Any], log: Any) -> dict[str, str]:
-    """Digest of everything in a step, by name."""
-    report = json.dumps(accountant, sort_keys=True).encode()
-    return {
-        **tensor_leaves({**state, "random": key, "ledger": log}),
-        "accountant": hashlib.sha256(report).hexdigest(),
-    }
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

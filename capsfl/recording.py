@@ -5,7 +5,6 @@ the next one computes, but never two at once: the order on disk is that of a run
 a kill can leave behind.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 
 import jax
 
-from capsfl.checkpoint import Checkpoints, Restored, check_recorded
+from capsfl.checkpoint import CheckpointError, Checkpoints, Step, check_recorded
 from capsfl.config import StudyConfig
 from capsfl.consensus import records_ballots
 from capsfl.curves import MetricsLog
@@ -25,14 +24,15 @@ from capsfl.digests import file_digests, tensor_leaves, update_digest
 from capsfl.federated.federation import RoundReport
 from capsfl.federated.round import RoundState
 from capsfl.ledger.assembly import assemble_round
-from capsfl.ledger.canonical import decimal
+from capsfl.ledger.canonical import MAX_BYTES, decimal
 from capsfl.ledger.chain import Ledger
-from capsfl.ledger.errors import Divergence
+from capsfl.ledger.errors import Divergence, LedgerError
 from capsfl.ledger.keyfiles import open_key
 from capsfl.ledger.keys import Signer
+from capsfl.ledger.manifests import Manifest
 from capsfl.ledger.records import RoundRecord, parameters_root
 from capsfl.ledger.statements import Decision
-from capsfl.ledger.storage import remove, replace
+from capsfl.ledger.storage import read_whole, replace
 from capsfl.privacy.plan import PrivacyPlan
 from capsfl.profiling import part
 
@@ -161,7 +161,7 @@ class RoundKeeper:
         """Returns the state of the last round that was kept, on the host, in the shapes of `state`; None before any.
 
         Raises:
-            CheckpointError: it cannot be read, or the ledger does not vouch for it.
+            CheckpointError: it cannot be read, the ledger does not vouch for its weights, or its manifest for the rest.
             Divergence: ledger and checkpoint are not of one history.
         """
         restored = self.checkpoints.restore(state, key=self.fingerprint)
@@ -171,8 +171,8 @@ class RoundKeeper:
                 self.ledger.reconcile(restored.ledger)
                 record = self.ledger.find(self.task, number)
                 check_recorded(record, restored.state.parameters, self.checkpoints.folder / str(number))
-                if record is not None and self._is_vouched_for(restored, record):
-                    self._write_manifest(self.ledger, record)
+                if record is not None:
+                    self._check_manifest(record, restored.digest)
             self.metrics.keep_until(self.task, number)
         return None if restored is None else restored.state
 
@@ -184,9 +184,8 @@ class RoundKeeper:
         figures: Mapping[str, float | int],
         spent: int,
     ) -> None:
-        """Keeps a round, on disk in this order: ledger, curves, checkpoint, manifest.
-
-        A manifest that lies there already is that of a checkpoint which was deleted, and goes before its files come.
+        """Keeps a round, on disk in this order: ledger, curves, manifest of what the checkpoint is to hold, checkpoint,
+        manifest with its files too.
 
         Args:
             state: after the round.
@@ -203,38 +202,51 @@ class RoundKeeper:
                 append_round(self.ledger, record, report, self.keys, ballots=ballots)
                 self.metrics.append(self.task, report, scores, self.plan.epsilon(spent), figures)
         with part("save the checkpoint"):
-            if self.ledger is not None:
-                remove(manifest_place(self.folder, self.task, int(state.round)))
-            self.checkpoints.save(
+            step = Step.of(
                 state,
                 key=self.fingerprint,
                 accountant=self.plan.statement(spent).to_json(),
                 ledger=b"-" if self.ledger is None else self.ledger.export(),  # Orbax writes what the first one gives
             )
-            if self.ledger is not None and record is not None:
-                self._write_manifest(self.ledger, record)
+            if record is not None:
+                self._write_manifest(record, step.digest, {})
+            self.checkpoints.save(step)
+            if record is not None:
+                self._sign_files(record, step.digest)
 
-    def _is_vouched_for(self, restored: Restored, record: RoundRecord) -> bool:
-        """Tells whether the manifest of a step is missing, and everything in the step follows from the signed record.
+    def _check_manifest(self, record: RoundRecord, digest: str) -> None:
+        """Refuses a step that does not hold what was signed, and signs its files where a kill came before that.
 
-        A kill between checkpoint and manifest leaves such a step, but so does whoever rewrites a checkpoint and deletes
-        its manifest. The record vouches for the weights; a server optimizer's state, control variates, statistics and a
-        clip norm nothing signed tells of, so that the owner signs nothing about their files either: `verify` then calls
-        them unverifiable.
+        Nothing is signed of a step without a manifest: somebody has deleted it, or an older version was killed.
+        `verify` calls its files unverifiable.
         """
         assert self.ledger is not None
-        if manifest_place(self.folder, self.task, record.round).exists():
-            return False
-        recorded = [(other.task, other.round) for other in self.ledger.rounds()]
-        statement = self.plan.statement(recorded.index((record.task, record.round)) + 1).to_json()
-        rest = restored.state._replace(parameters=None, round=None)
-        return not jax.tree.leaves(rest) and restored.accountant == json.loads(json.dumps(statement))
+        place, step = manifest_place(self.folder, self.task, record.round), self.checkpoints.folder / str(record.round)
+        if not place.exists():
+            return
+        try:
+            manifest = Manifest.decode(read_whole(place, MAX_BYTES))
+            manifest.check(record, self.ledger.head().public_key, self.ledger.index.binding)
+        except LedgerError as error:
+            raise CheckpointError(f"{place}: {error}; delete {step} to resume from the round before it") from error
+        if manifest.contents is None:
+            return  # an older version's, which was written with its files
+        if manifest.contents != digest:
+            raise CheckpointError(
+                f"{step}: what it holds beside the weights is not what was signed; delete this folder to resume from "
+                "the round before it"
+            )
+        if not manifest.files:
+            self._sign_files(record, digest)
 
-    def _write_manifest(self, ledger: Ledger, record: RoundRecord) -> None:
+    def _sign_files(self, record: RoundRecord, digest: str) -> None:
+        self._write_manifest(record, digest, file_digests(self.checkpoints.folder / str(record.round)))
+
+    def _write_manifest(self, record: RoundRecord, digest: str, files: Mapping[str, str]) -> None:
+        assert self.ledger is not None
         place = manifest_place(self.folder, self.task, record.round)
         place.parent.mkdir(parents=True, exist_ok=True)
-        files = file_digests(self.checkpoints.folder / str(record.round))
-        replace(place, ledger.manifest(record, files).encode())
+        replace(place, self.ledger.manifest(record, digest, files).encode())
 
 
 def round_record(
@@ -300,7 +312,5 @@ def _check_weights(decision: Decision, report: RoundReport, members: Mapping[str
         if abs(there - here) > WEIGHT_TOLERANCE:
             raise Divergence(
                 f"task {decision.task}, round {decision.round}: {name} weighs {here:.6f} in the model, and {there:.6f} "
-                "by the ballots",
-                task=decision.task,
-                round=decision.round,
+                "by the ballots"
             )

@@ -18,9 +18,11 @@ from flax import nnx
 from capsfl.checkpoint import (
     CheckpointError,
     Checkpoints,
+    Step,
     latest_parameters,
     open_checkpoints,
     read_parameters,
+    read_step,
     tensor_leaves,
 )
 from capsfl.federated.round import RoundState
@@ -55,7 +57,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "segmentation"
     with open_checkpoints(folder) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(state_after(step), key=KEY, accountant={"epsilon": step / 7}, ledger=bytes(range(step)))
+            accountant, ledger = {"epsilon": step / 7}, bytes(range(step))
+            checkpoints.save(Step.of(state_after(step), key=KEY, accountant=accountant, ledger=ledger))
     return folder
 
 
@@ -90,6 +93,26 @@ def test_weights_are_read_without_the_model(saved: Path):
     assert {name: array.shape for name, array in arrays.items()} == {"bias": (2,), "kernel": (3, 2)}
     assert tensor_leaves(arrays) == tensor_leaves(state_after(2).parameters)
     assert read_parameters(saved, 4) is None
+
+
+def test_all_of_a_round_is_read_without_the_model_and_has_the_digest_it_was_saved_with(saved: Path):
+    wanted = Step.of(state_after(2), key=KEY, accountant={"epsilon": 2 / 7}, ledger=bytes(range(2)))
+    found = read_step(saved, 2)
+    assert found.digests == wanted.digests
+    assert found.digest == wanted.digest
+    with open_checkpoints(saved) as checkpoints:
+        restored = checkpoints.restore(state_after(0), key=KEY, round_number=2)
+    assert restored is not None
+    assert restored.digest == wanted.digest
+    others = [
+        Step.of(state_after(2), key=jax.random.key(6), accountant=wanted.accountant, ledger=bytes(range(2))),
+        Step.of(state_after(2), key=KEY, accountant={"epsilon": 0.1}, ledger=bytes(range(2))),
+        Step.of(state_after(2), key=KEY, accountant=wanted.accountant, ledger=bytes(range(3))),
+        Step.of(state_after(2)._replace(server=()), key=KEY, accountant=wanted.accountant, ledger=bytes(range(2))),
+    ]
+    assert len({wanted.digest, *(step.digest for step in others)}) == 5
+    with pytest.raises(CheckpointError, match="4: checkpoint unreadable"):
+        read_step(saved, 4)
 
 
 def record_of(number: int, parameters: object) -> RoundRecord:
@@ -143,7 +166,7 @@ def test_a_digest_is_over_path_type_shape_and_little_endian_bytes():
 def test_only_the_newest_rounds_are_kept_when_asked(tmp_path: Path):
     with open_checkpoints(tmp_path / "c", keep=2) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(state_after(step), key=KEY, accountant={}, ledger=b"x")
+            checkpoints.save(Step.of(state_after(step), key=KEY, accountant={}, ledger=b"x"))
         assert checkpoints.rounds() == [2, 3]
 
 
@@ -238,13 +261,13 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
-from capsfl.checkpoint import open_checkpoints
+from capsfl.checkpoint import Step, open_checkpoints
 from capsfl.federated.round import RoundState
 everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), ("x",)), PartitionSpec())
 state = jax.device_put(RoundState({"w": np.arange(6, dtype=np.float32).reshape(3, 2)}, (), np.int32(1)), everywhere)
 assert len(state.parameters["w"].sharding.device_set) == 3
 with open_checkpoints(Path(sys.argv[1])) as checkpoints:
-    checkpoints.save(state, key=jax.random.key(5), accountant={}, ledger=b"x")
+    checkpoints.save(Step.of(state, key=jax.random.key(5), accountant={}, ledger=b"x"))
 """
 
 

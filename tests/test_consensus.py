@@ -15,16 +15,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsfl import train
 from capsfl.audit import audit_run, chain_of
-from capsfl.checkpoint import Restored
 from capsfl.cli import main
 from capsfl.config import ArmConfig, StudyConfig
 from capsfl.consensus import caution_of_votes
 from capsfl.curves import MetricsLog
-from capsfl.digests import update_digest
+from capsfl.digests import file_digests, update_digest
 from capsfl.federated.federation import Federation, RoundReport
-from capsfl.federated.round import RoundState
+from capsfl.federated.hospitals import stack_hospitals
 from capsfl.federated.updates import CohortUpdates
 from capsfl.federated.votes import weigh
 from capsfl.learning.tasks import Task, make_task
@@ -32,6 +30,7 @@ from capsfl.ledger import Ledger, Registration, opens
 from capsfl.ledger.canonical import decimal
 from capsfl.ledger.consensus import ConsensusRules, decide, quantize
 from capsfl.ledger.errors import Divergence, LedgerError
+from capsfl.ledger.keyfiles import open_key
 from capsfl.ledger.keys import chain_binding
 from capsfl.ledger.records import RoundRecord
 from capsfl.ledger.statements import Ballot, Commitment, commit
@@ -39,6 +38,10 @@ from capsfl.ledger.verify import Finding, Status
 from capsfl.profiling import RoundTrace
 from capsfl.recording import HospitalKeys, RoundKeeper, append_round
 from capsfl.study import Split, StudyFolder
+from capsfl.training.checks import cautions_of, check_before_training
+from capsfl.training.founding import open_ledger
+from capsfl.training.rounds import run_rounds
+from capsfl.training.run import Run, plan_of_run, plan_runs
 
 NAMES = ("ash", "birch", "cedar", "dogwood", "elm")
 ROUNDS = 3
@@ -105,7 +108,7 @@ class Holder:
 class Trained:
     """What a run leaves."""
 
-    place: train.Run
+    place: Run
     weights: np.ndarray
     ledger: Ledger
     findings: list[Finding]
@@ -157,7 +160,7 @@ def run(folder: Path, poison: Mapping[str, str], names: tuple[str, ...] = NAMES,
     with StudyFolder.open(config):
         pass
     chain = chain_of(config, "federated")
-    place = train.Run(folder / "federated", config.arm(ArmConfig()), ArmConfig(), names, chain)
+    place = Run(folder / "federated", config.arm(ArmConfig()), ArmConfig(), names, chain)
     weights = rounds_of(place, poison)
     findings = audit_run(place.folder, place.config, chain_id=chain)
     return Trained(place, weights, Ledger.open(place.folder / "ledger"), findings)
@@ -169,15 +172,15 @@ def split_of(names: tuple[str, ...]) -> Split:
     return Split(holders, (), holders[:1])  # pyright: ignore[reportArgumentType]
 
 
-def rounds_of(place: train.Run, poison: Mapping[str, str]) -> np.ndarray:
+def rounds_of(place: Run, poison: Mapping[str, str]) -> np.ndarray:
     """Runs or resumes the rounds of a run; returns its last weights."""
     split, stage = split_of(place.hospitals), place.config.classification
     assert stage is not None
-    with train.open_ledger(place, split) as ledger:
+    with open_ledger(place, split) as ledger:
         metrics = MetricsLog(place.folder / "metrics.jsonl", member=None)
-        weights, *_ = train.run_rounds(
+        weights, *_ = run_rounds(
             place, line_task(), stage, records(place.hospitals, poison), {}, ledger, metrics, RoundTrace(None),
-            plan=train.plan_of_run(place, split), rounds_before=0,
+            plan=plan_of_run(place, split), rounds_before=0,
         )  # fmt: skip
     return np.asarray(jax.tree.leaves(weights)[0])
 
@@ -217,13 +220,13 @@ def test_commitments_open_with_the_hospitals_salts_and_the_updates_of_the_same_r
     stage = clean.config.classification
     assert stage is not None
     federation = Federation(
-        line_task(), train.stack_hospitals(records(NAMES, {})), config=stage, privacy=clean.config.privacy,
+        line_task(), stack_hospitals(records(NAMES, {})), config=stage, privacy=clean.config.privacy,
         devices=clean.config.devices, stream="federated", keep_updates=True,
     )  # fmt: skip
     _, report = federation.step(federation.init())
     assert report.updates is not None
     updates = {name: update_digest(update) for name, update in report.updates.on_host().items()}
-    signers = HospitalKeys(clean.folder / "keys", train.open_key).signers()
+    signers = HospitalKeys(clean.folder / "keys", open_key).signers()
     genesis = clean.ledger.blocks()[0].records[0]
     binding = chain_binding(clean.chain, genesis.public_key)  # pyright: ignore[reportAttributeAccessIssue]
     commitments = clean.ledger.index.commitments["classification", 1]
@@ -263,7 +266,7 @@ def test_of_three_hospitals_one_that_poisons_decides_and_both_the_run_and_the_au
     code, text = verified(tmp_path, capsys=capsys)
     assert code == 0
     assert "a model with 2 votes, where one false voter decides" in text
-    (caution,) = train.cautions_of([poisoned.place], split_of(three))
+    (caution,) = cautions_of([poisoned.place], split_of(three))
     assert "of 3 hospitals a round each model is judged by 2" in caution
     assert caution_of_votes(poisoned.config.stages, 4) is None
     assert caution_of_votes(configuration(stage={"aggregation": {}}).stages, 3) is None
@@ -272,9 +275,9 @@ def test_of_three_hospitals_one_that_poisons_decides_and_both_the_run_and_the_au
 def test_the_caution_is_about_who_votes_in_a_round_and_not_about_all_hospitals(clean: Trained):
     sampled = configuration(privacy={"clip_norm": 100.0, "sampler": "fixed", "cohort": 3})
     few = replace(clean.place, config=sampled.arm(ArmConfig()))
-    (caution,) = train.cautions_of([few], split_of(NAMES))
+    (caution,) = cautions_of([few], split_of(NAMES))
     assert "of 3 hospitals a round each model is judged by 2" in caution
-    assert train.cautions_of([clean.place], split_of(NAMES)) == ()
+    assert cautions_of([clean.place], split_of(NAMES)) == ()
 
 
 def left_out(clean: Trained, folder: Path, kinds: tuple[type, ...], quorum: str) -> list[Finding]:
@@ -285,12 +288,13 @@ def left_out(clean: Trained, folder: Path, kinds: tuple[type, ...], quorum: str)
     joined = [record for record in first.records if isinstance(record, Registration)]
     rules = replace(clean.ledger.index.rules, quorum=quorum)
     config = configuration(consensus={"quorum": quorum}).arm(ArmConfig())
-    owner, keys = train.open_key(copy / "keys" / "owner.pem"), HospitalKeys(copy / "keys", train.open_key)
+    owner, keys = open_key(copy / "keys" / "owner.pem"), HospitalKeys(copy / "keys", open_key)
     with Ledger.create(
         copy / "ledger", signer=owner, chain_id=clean.chain, registrations=joined, rules=rules
     ) as ledger:
         for block in blocks:
-            ledger.append(*(r for r in block.records if isinstance(r, kinds)), members=keys.approvers())
+            ledger.approvers = keys.approvers
+            ledger.append(*(r for r in block.records if isinstance(r, kinds)))
     return [f for f in audit_run(copy, config, chain_id=clean.chain) if f.check == "statements"]
 
 
@@ -327,7 +331,7 @@ def test_an_honest_run_passes_a_strict_audit_and_a_tampered_one_does_not(
 def test_a_crowd_whose_statements_no_block_holds_is_refused_before_training(tmp_path: Path):
     def check(count: int, **changes: Any) -> None:
         config, split = configuration(**changes), split_of(tuple(f"hospital-{n}" for n in range(count)))
-        train.check_before_training(config, split, train.plan_runs(config, tmp_path, split))
+        check_before_training(config, split, plan_runs(config, tmp_path, split))
 
     check(90)
     with pytest.raises(
@@ -347,37 +351,24 @@ def test_a_deleted_step_that_is_trained_again_leaves_no_manifest_of_its_old_file
 ):
     copy = replace(clean.place, folder=Path(shutil.copytree(clean.folder, tmp_path / "copy")))
     manifest = copy.folder / "manifests" / "classification" / f"{ROUNDS}.json"
-    assert manifest.exists()
+    whole = json.loads(manifest.read_text())
     shutil.rmtree(copy.folder / "checkpoints" / "classification" / f"{ROUNDS}")
 
     def killed(*_: Any) -> None:
         raise InterruptedError("between checkpoint and manifest")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RoundKeeper, "_write_manifest", killed)
+        patch.setattr(RoundKeeper, "_sign_files", killed)
         with pytest.raises(InterruptedError):
             rounds_of(copy, {})
     assert (copy.folder / "checkpoints" / "classification" / f"{ROUNDS}").is_dir()
-    assert not manifest.exists()
-    rounds_of(copy, {})  # all that the step holds follows from its record, so that its files can be signed now
-    assert manifest.exists()
+    before = json.loads(manifest.read_text())
+    assert (before["files"], before["contents"]) == ([], whole["contents"])
     assert [f for f in audit_run(copy.folder, copy.config, chain_id=clean.chain) if f.doubtful] == []
-
-
-def test_the_owner_signs_no_files_of_a_step_that_the_record_does_not_vouch_for(clean: Trained, tmp_path: Path):
-    plan = train.plan_of_run(clean.place, split_of(NAMES))
-    parts = (clean.place.folder, clean.ledger, None, None, plan, None)
-    keeper = RoundKeeper(clean.config, "classification", *parts)  # pyright: ignore[reportArgumentType]
-    elsewhere = replace(keeper, folder=tmp_path)
-    record = clean.ledger.rounds()[-1]
-    state = RoundState({"weights": clean.weights}, {}, jnp.int32(ROUNDS))
-    statement = json.loads(json.dumps(plan.statement(ROUNDS).to_json()))
-    assert elsewhere._is_vouched_for(Restored(state, statement, b""), record)
-    assert not keeper._is_vouched_for(Restored(state, statement, b""), record)  # it has its manifest
-    for changes in ({"server": {"trace": jnp.zeros(4)}}, {"statistics": {"mean": jnp.zeros(4)}}):
-        other = state._replace(**changes)
-        assert not elsewhere._is_vouched_for(Restored(other, statement, b""), record)
-    assert not elsewhere._is_vouched_for(Restored(state, statement | {"rounds": 1}, b""), record)
+    rounds_of(copy, {})
+    after = json.loads(manifest.read_text())
+    assert dict(after["files"]) == file_digests(copy.folder / "checkpoints" / "classification" / f"{ROUNDS}")
+    assert [f for f in audit_run(copy.folder, copy.config, chain_id=clean.chain) if f.doubtful] == []
 
 
 def _report(clean: Trained, number: int) -> Any:
@@ -394,8 +385,8 @@ def test_weights_that_are_not_those_of_the_ballots_and_another_update_of_a_recor
     clean: Trained, tmp_path: Path
 ):
     copy = Path(shutil.copytree(clean.folder, tmp_path / "copy"))
-    keys = HospitalKeys(copy / "keys", train.open_key)
-    with Ledger.open(copy / "ledger", train.open_key(copy / "keys" / "owner.pem")) as ledger:
+    keys = HospitalKeys(copy / "keys", open_key)
+    with Ledger.open(copy / "ledger", open_key(copy / "keys" / "owner.pem")) as ledger:
         ledger.approvers = keys.approvers
         record, report = replace(ledger.rounds()[-1], round=ROUNDS + 1), _report(clean, ROUNDS + 1)
         whitewashed = replace(report, vote_weights={"ash": 0.3, "birch": 0.1, "cedar": 0.2, "dogwood": 0.2, "elm": 0.2})
@@ -409,7 +400,7 @@ def test_weights_that_are_not_those_of_the_ballots_and_another_update_of_a_recor
         with pytest.raises(Divergence, match="round 4: what its hospitals signed is not what is recorded"):
             append_round(ledger, record, report, keys, ballots=True)
         (copy / "keys" / "holder-elm.pem").unlink()
-        lonely = HospitalKeys(copy / "keys", train.open_key)
+        lonely = HospitalKeys(copy / "keys", open_key)
         late = _report(clean, ROUNDS + 2)
         with pytest.raises(LedgerError, match=r"no key for .*: put its key file back"):
             append_round(ledger, replace(record, round=ROUNDS + 2), late, lonely, ballots=True)

@@ -109,9 +109,10 @@ def test_those_who_are_there_approve_who_joins_and_who_leaves(tmp_path: Path):
         tmp_path / "ledger", signer=KEYS["owner"], chain_id="x", registrations=[register("A"), register("B")],
         rules=ConsensusRules(quorum="all"),
     ) as ledger:  # fmt: skip
-        ledger.approvers = lambda: [KEYS[name] for name in known]
+        ledger.approvers = lambda: [KEYS["A"], KEYS["C"]]
         with pytest.raises(LedgerError, match="1 of 2 members, the rules ask for 2"):
-            ledger.append(register("C"), members=[KEYS["A"], KEYS["C"]])
+            ledger.append(register("C"))
+        ledger.approvers = lambda: [KEYS[name] for name in known]
         known.append("C")  # its key is made as it joins, and approves from the next block on
         record_members(ledger, ["A", "C"], register, tmp_path / "checkpoints")
         assert [len(block.approvals) for block in ledger.blocks()] == [0, 2, 3]

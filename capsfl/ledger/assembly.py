@@ -11,7 +11,7 @@ from sys import float_info
 from capsfl.ledger import canonical
 from capsfl.ledger.block import Block
 from capsfl.ledger.canonical import MAX_INTEGER, decimal
-from capsfl.ledger.consensus import ballot_of, decide, leader_of, quantize
+from capsfl.ledger.consensus import decide, leader_of, quantize
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.keys import Signer
 from capsfl.ledger.records import Record, RoundRecord
@@ -60,7 +60,8 @@ def assemble_round(
         ballots = []
         for voter in sorted(errors):
             nonce = nonce_of(signers[voter], chain_id, "ballot", record.task, record.round)
-            ballots.append(ballot_of(record.task, record.round, voter, errors[voter], signers[voter], chain_id, nonce))
+            rows = tuple((candidate, quantize(error)) for candidate, error in sorted(errors[voter].items()))
+            ballots.append(Ballot(record.task, record.round, voter, rows, nonce).signed(signers[voter], chain_id))
         leader = leader_of(height, members)
         decision = Decision(record.task, record.round, leader, *decide(index.rules, ballots, sorted(updates)))
         records += [*ballots, decision.signed(signers[leader], chain_id)]

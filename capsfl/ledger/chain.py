@@ -12,9 +12,10 @@ blocks the head vouches for is damage and never trimmed.
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from capsfl.ledger import merkle, storage
+from capsfl.ledger import storage
 from capsfl.ledger.block import Block, SignedHead
 from capsfl.ledger.consensus import ConsensusRules
 from capsfl.ledger.errors import Divergence, LedgerError
@@ -33,7 +34,7 @@ class Ledger:
     With a signer it is the folder's only writer; without one it only reads and holds no lock.
     """
 
-    def __init__(self, folder: Path, history: History, end: int, signer: Signer | None, lock: int | None) -> None:
+    def __init__(self, folder: Path, history: History, end: int, signer: Signer | None, held: ExitStack) -> None:
         self.folder = folder
         self._history = history
         self._end = end  # length of the log in bytes, up to the last block
@@ -41,7 +42,7 @@ class Ledger:
         self._failed = False
         self._frames: list[bytes] = []  # of the blocks that were exported before
         self.approvers: Callable[[], Iterable[Signer]] = tuple  # keys that approve what is appended
-        self._unlock = weakref.finalize(self, os.close, lock) if lock is not None else None
+        self._unlock = weakref.finalize(self, held.close)
 
     @classmethod
     def create(
@@ -75,8 +76,9 @@ class Ledger:
         folder = Path(folder)
         if not cls.exists(folder):
             raise LedgerError(f"{folder}: no ledger here (no head file): create it, or restore it from a checkpoint")
-        lock = storage.lock(folder / "lock") if signer is not None else None
-        try:
+        with ExitStack() as held:
+            if signer is not None:
+                held.enter_context(storage.locked(folder / "lock"))
             history, end, fault = survey(folder)
             if fault is not None:
                 raise fault
@@ -85,11 +87,7 @@ class Ledger:
                     raise LedgerError(f"{folder}: the key of {signer.hospital_id()} does not own this ledger")
                 storage.write_from(folder / "log", end, b"")
                 storage.replace(folder / "head", history.head().encode())
-        except BaseException:
-            if lock is not None:
-                os.close(lock)
-            raise
-        return cls(folder, history, end, signer, lock)
+            return cls(folder, history, end, signer, held.pop_all())
 
     @classmethod
     def exists(cls, folder: Path | str) -> bool:
@@ -117,17 +115,12 @@ class Ledger:
             raise
         return ledger
 
-    def append(self, *records: Record, members: Iterable[Signer] | None = None) -> Block:
+    def append(self, *records: Record) -> Block:
         """Adds records in one block and returns the block, on disk when this returns.
 
         Appending records that a block holds already returns that block and writes nothing. After an error from
         the file system the append may or may not have happened: this object refuses further work, and opening
-        the ledger again tells.
-
-        Args:
-            *records: what the block records.
-            members: keys of the hospitals that approve it, where the chain's rules ask for approvals; those of
-                `approvers` by default.
+        the ledger again tells. Where the chain's rules ask for approvals, they are those of `approvers`.
 
         Raises:
             Divergence: another record of the same round is there, or its hospitals signed something else; names the
@@ -142,12 +135,9 @@ class Ledger:
         for record in records:
             if isinstance(record, RoundRecord) and (recorded := self.find(record.task, record.round)) is not None:
                 compare_rounds(recorded, record)
-                raise Divergence(
-                    f"task {record.task}, round {record.round}: what its hospitals signed is not what is recorded",
-                    task=record.task,
-                    round=record.round,
-                )
-        block = self._chain.next_block(records, signer, self.approvers() if members is None else members)
+                where = f"task {record.task}, round {record.round}"
+                raise Divergence(f"{where}: what its hospitals signed is not what is recorded")
+        block = self._chain.next_block(records, signer, self.approvers())
         self._write([block])
         return block
 
@@ -166,9 +156,9 @@ class Ledger:
         block = None if record is None else self._chain.holding(record)
         return len(self._chain.blocks) if block is None else block.height
 
-    def manifest(self, record: RoundRecord, files: Mapping[str, str]) -> Manifest:
-        """Returns the owner's signed manifest of a round's checkpoint files, `{path: SHA-256 in hex}`."""
-        return Manifest.of(record, files, self._writer(), self.index.binding)
+    def manifest(self, record: RoundRecord, contents: str, files: Mapping[str, str]) -> Manifest:
+        """Returns the owner's signed manifest of a round's checkpoint, its files as `{path: SHA-256 in hex}`."""
+        return Manifest.of(record, contents, files, self._writer(), self.index.binding)
 
     def rounds(self) -> tuple[RoundRecord, ...]:
         """Returns the round records in the order of the chain."""
@@ -181,14 +171,6 @@ class Ledger:
     def head(self) -> SignedHead:
         """Returns the signed head; its `encode()` is what a witness keeps."""
         return self._chain.head()
-
-    def inclusion_proof(self, height: int) -> tuple[bytes, ...]:
-        """Returns the proof that a block is under the head's root: see `merkle.verify_inclusion`."""
-        return merkle.inclusion_proof(self._chain.hashes, height)
-
-    def consistency_proof(self, old_size: int) -> tuple[bytes, ...]:
-        """Returns the proof that the head extends an older one: see `merkle.verify_consistency`."""
-        return merkle.consistency_proof(self._chain.hashes, old_size)
 
     def export(self) -> bytes:
         """Returns the log, to be stored beside the weights; `restore` rebuilds the ledger from it alone."""
@@ -205,16 +187,19 @@ class Ledger:
         self._writer()
         ours, other = self._chain.blocks, parse_whole(data)
         for mine, theirs in zip(ours, other.blocks, strict=False):
-            if mine.hash() != theirs.hash():
-                raise _divergence(self.folder, mine, theirs)
+            if mine.hash() == theirs.hash():
+                continue
+            for record in theirs.records:
+                if isinstance(record, RoundRecord) and (recorded := self.find(record.task, record.round)) is not None:
+                    compare_rounds(recorded, record)
+            raise Divergence(f"{self.folder}: block {mine.height} is not the checkpoint's: the two are not one history")
         if len(other.blocks) > len(ours):
             self._write(other.blocks[len(ours) :])
 
     def close(self) -> None:
         """Frees the lock; the object then only reads."""
         self._signer = None
-        if self._unlock is not None:
-            self._unlock()
+        self._unlock()
 
     def __enter__(self) -> "Ledger":
         return self
@@ -229,18 +214,15 @@ class Ledger:
             raise LedgerError(f"{folder}: the key of {signer.hospital_id()} does not own the ledger to restore")
         with storage.surfaced(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = storage.lock(folder / "lock")
-        try:
+        with ExitStack() as held:
+            held.enter_context(storage.locked(folder / "lock"))
             if cls.exists(folder):
                 raise LedgerError(f"{folder}: already holds a ledger: open it, or choose an empty folder")
             _check_leftover(folder / "log", wanted)
             storage.write_from(folder / "log", 0, data)
             storage.replace(folder / "head", wanted.head().encode())
             storage.sync_folder(folder.parent)
-        except BaseException:
-            os.close(lock)
-            raise
-        return cls(folder, wanted, len(data), signer, lock)
+            return cls(folder, wanted, len(data), signer, held.pop_all())
 
     @property
     def _chain(self) -> History:
@@ -273,25 +255,8 @@ def _check_leftover(log: Path, wanted: History) -> None:
     # only blocks that the new log brings back anyway may be overwritten.
     if not os.path.lexists(log):
         return
-    with (
-        storage.open_regular(log, os.O_RDONLY) as descriptor,
-        os.fdopen(descriptor, "rb", closefd=False) as stream,
-    ):
+    with storage.open_stream(log) as stream:
         found, _, fault = parse(stream, committed=0)
     kept = len(found.hashes) <= len(wanted.hashes) and wanted.hashes[: len(found.hashes)] == found.hashes
     if fault is not None or not kept:
         raise LedgerError(f"{log}: a log without its head, and no part of the one to write: set the folder aside")
-
-
-def _divergence(folder: Path, mine: Block, theirs: Block) -> Divergence:
-    pairs = ((a, b) for a in mine.records for b in theirs.records)
-    for recorded, rerun in pairs:
-        if not (isinstance(recorded, RoundRecord) and isinstance(rerun, RoundRecord)):
-            continue
-        if (recorded.task, recorded.round) != (rerun.task, rerun.round):
-            continue
-        try:
-            compare_rounds(recorded, rerun)
-        except Divergence as error:
-            return error
-    return Divergence(f"{folder}: block {mine.height} is not the checkpoint's: the two are not one history")

@@ -11,20 +11,17 @@ models of others, and of their finite errors the median counts: with fewer than 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import mean, median
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar
 
 from capsfl.ledger import canonical
-from capsfl.ledger.fields import Check, Count, Figure, check_count, check_figure, require
+from capsfl.ledger.fields import Check, Count, Figure, check_flag, check_number, check_that
 from capsfl.ledger.form import Form
-from capsfl.ledger.keys import Signer
 from capsfl.ledger.statements import Ballot
 
-Quorum = Literal["owner", "two_thirds", "all"]
-Combine = Literal["median", "mean"]
 Rows = tuple[tuple[str, str | None], ...]
 
 MAX_PROOF_OF_WORK = 24
@@ -33,22 +30,13 @@ SMALLEST_ERROR = 1e-6
 """Stands for an error of 0, whose weight would have no end."""
 
 
-def _choice(names: tuple[str, ...]) -> Check:
-    return lambda field, value: require(value in names, field, value, f"use one of {', '.join(names)}")
+def _choice(*names: str) -> Check:
+    return check_that(lambda name: name in names, f"use one of {', '.join(names)}")
 
 
-def _check_flag(field: str, value: object) -> None:
-    require(type(value) is bool, field, value, "use true or false")
-
-
-def _check_number(field: str, value: object) -> None:
-    check_figure(field, value)
-    require(value is not None, field, value, "give a decimal string")
-
-
-def _check_work(field: str, bits: object) -> None:
-    check_count(field, bits)
-    require(bits in range(MAX_PROOF_OF_WORK + 1), field, bits, f"use 0 to {MAX_PROOF_OF_WORK} bits")
+_check_work = check_that(
+    lambda bits: type(bits) is int and 0 <= bits <= MAX_PROOF_OF_WORK, f"use 0 to {MAX_PROOF_OF_WORK} bits"
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +54,10 @@ class ConsensusRules(Form):
     """
 
     type: ClassVar[str] = "rules"
-    quorum: Annotated[str, _choice(get_args(Quorum))] = "owner"
-    combine: Annotated[str, _choice(get_args(Combine))] = "median"
-    self_report: Annotated[bool, _check_flag] = False
-    gamma: Annotated[str, _check_number] = "1.0"
+    quorum: Annotated[str, _choice("owner", "two_thirds", "all")] = "owner"
+    combine: Annotated[str, _choice("median", "mean")] = "median"
+    self_report: Annotated[bool, check_flag] = False
+    gamma: Annotated[str, check_number] = "1.0"
     margin: Figure = "0.15"
     byzantine: Count = 0
     proof_of_work: Annotated[int, _check_work] = 0
@@ -85,7 +73,7 @@ def leader_of(height: int, members: Sequence[str]) -> str:
     return sorted(members)[height % len(members)]
 
 
-def tally(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Sequence[str]) -> dict[str, Fraction | None]:
+def tally(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Collection[str]) -> dict[str, Fraction | None]:
     """Returns MAE(m_j) of every candidate, exactly: the median or mean of the finite errors that others gave it.
 
     A model that gave nobody a finite error is wrong throughout, 1; one that nobody could vote on has None.
@@ -108,7 +96,7 @@ def tally(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Sequence
     return errors
 
 
-def decide(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Sequence[str]) -> tuple[Rows, Rows]:
+def decide(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Collection[str]) -> tuple[Rows, Rows]:
     """Returns the errors of Eq 18 and the weights of those that are not out-voted, as a `Decision` holds them.
 
     Out-voted is whose MAE(m_j) is above the median candidate's by more than the margin, or above that of all but the
@@ -130,22 +118,14 @@ def decide(rules: ConsensusRules, ballots: Sequence[Ballot], candidates: Sequenc
     return combined, tuple((candidate, canonical.decimal(share / total)) for candidate, share in inverse.items())
 
 
-def quantize(error: float | None, decimals: int = 4) -> str | None:
-    """Returns an error as ballots hold it: clipped to [0, 1], a few decimals; None where it is not finite.
+def quantize(error: float | None) -> str | None:
+    """Returns an error as ballots hold it: clipped to [0, 1], four decimals; None where it is not finite.
 
     An exact error would say more about the voter's records than a vote needs to.
     """
     if error is None or not math.isfinite(error):
         return None
-    return canonical.decimal(round(min(max(error, 0.0), 1.0), decimals))
-
-
-def ballot_of(
-    task: str, round: int, voter: str, errors: Mapping[str, float | None], signer: Signer, chain_id: str, nonce: str
-) -> Ballot:
-    """Returns the signed ballot of a voter over `{candidate id: mean absolute error}`."""
-    rows = tuple((candidate, quantize(errors[candidate])) for candidate in sorted(errors))
-    return Ballot(task, round, voter, rows, nonce).signed(signer, chain_id)
+    return canonical.decimal(round(min(max(error, 0.0), 1.0), 4))
 
 
 def has_work(digest: bytes, bits: int) -> bool:

@@ -19,16 +19,10 @@ def sign(secret: bytes, message: bytes) -> bytes:
     return _private(secret).sign_deterministic(message, hashfunc=sha256, sigencode=sigencode_string_canonize)
 
 
-def is_point(public_key: bytes) -> bool:
-    """Tells whether the bytes are a compressed point of the curve."""
-    return _point(public_key) is not None
-
-
-def verify(public_key: bytes, signature: bytes, message: bytes) -> bool:
+def verify(point: VerifyingKey, signature: bytes, message: bytes) -> bool:
     """Tells whether r ‖ s is the key's over the message; raises nothing."""
-    key = _point(public_key)
     try:
-        return key is not None and key.verify(signature, message, hashfunc=sha256) is True
+        return point.verify(signature, message, hashfunc=sha256) is True
     except Exception:  # BadSignatureError, and whatever arithmetic on hostile numbers raises
         return False
 
@@ -38,7 +32,8 @@ def _private(secret: bytes) -> SigningKey:
 
 
 @lru_cache(maxsize=256)  # a chain asks for the same few points at every block
-def _point(public_key: bytes) -> VerifyingKey | None:
+def point(public_key: bytes) -> VerifyingKey | None:
+    """Returns the key of a compressed point, or None where the bytes are not one."""
     try:
         return VerifyingKey.from_string(public_key, curve=NIST256p, hashfunc=sha256, valid_encodings=("compressed",))
     except Exception:  # points off the curve raise MalformedPointError, TypeError and others

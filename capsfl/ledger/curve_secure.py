@@ -4,7 +4,9 @@ from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 _CURVE = ec.SECP256R1()
@@ -13,7 +15,7 @@ _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 def public_key(secret: bytes) -> bytes:
     """Returns the compressed point (33 bytes) of a secret scalar (32 bytes)."""
-    return private(secret).public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+    return compressed(private(secret))
 
 
 def sign(secret: bytes, message: bytes) -> bytes:
@@ -23,19 +25,11 @@ def sign(secret: bytes, message: bytes) -> bytes:
     return r.to_bytes(32, "big") + min(s, _ORDER - s).to_bytes(32, "big")
 
 
-def is_point(public_key: bytes) -> bool:
-    """Tells whether the bytes are a compressed point of the curve."""
-    return point(public_key) is not None
-
-
-def verify(public_key: bytes, signature: bytes, message: bytes) -> bool:
+def verify(point: ec.EllipticCurvePublicKey, signature: bytes, message: bytes) -> bool:
     """Tells whether r ‖ s is the key's over the message; raises nothing."""
-    key = point(public_key)
-    if key is None or len(signature) != 64:
-        return False
     r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
     try:
-        key.verify(utils.encode_dss_signature(r, s), message, ec.ECDSA(SHA256()))
+        point.verify(utils.encode_dss_signature(r, s), message, ec.ECDSA(SHA256()))
     except InvalidSignature:
         return False
     return True
@@ -56,3 +50,18 @@ def point(public_key: bytes) -> ec.EllipticCurvePublicKey | None:
         return ec.EllipticCurvePublicKey.from_encoded_point(_CURVE, public_key)
     except ValueError:
         return None
+
+
+def generate() -> ec.EllipticCurvePrivateKey:
+    """Returns a fresh key that nothing keeps."""
+    return ec.generate_private_key(_CURVE)
+
+
+def compressed(secret: ec.EllipticCurvePrivateKey) -> bytes:
+    """Returns the compressed point (33 bytes) of a key."""
+    return secret.public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+
+
+def cipher(secret: ec.EllipticCurvePrivateKey, point: ec.EllipticCurvePublicKey, info: bytes) -> AESGCM:
+    """Returns AES-256-GCM under what one's secret key and another's public key agree on: ECDH, then HKDF-SHA256."""
+    return AESGCM(HKDF(SHA256(), 32, salt=None, info=info).derive(secret.exchange(ec.ECDH(), point)))

@@ -77,12 +77,6 @@ class RoutingTable:
         if other not in bucket and len(bucket) < self.contacts:
             bucket.append(other)
 
-    def remove(self, other: str) -> None:
-        """Forgets an id."""
-        for bucket in self.buckets.values():
-            if other in bucket:
-                bucket.remove(other)
-
     def closest(self, target: str) -> str | None:
         """Returns the known id closest to the target and closer than the owner, or None."""
         known = [other for bucket in self.buckets.values() for other in bucket]

@@ -1,7 +1,5 @@
 """What can go wrong with a ledger, each with one line that says where and what to do."""
 
-from pathlib import Path
-
 
 class LedgerError(ValueError):
     """The root of every error this package raises for bad input, bad files and bad records."""
@@ -36,21 +34,7 @@ class VersionError(DamageError):
 
 
 class Divergence(LedgerError):
-    """Two histories, or two runs of one round, that should agree do not.
-
-    Attributes:
-        task: Task of the round, or None when no round is involved.
-        round: Number of the round, or None.
-        leaf: Path of the first tensor that differs, or None when something other than a tensor does.
-    """
-
-    def __init__(
-        self, message: str, *, task: str | None = None, round: int | None = None, leaf: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.task = task
-        self.round = round
-        self.leaf = leaf
+    """Two histories, or two runs of one round, that should agree do not; names the first tensor that differs."""
 
 
 class SealError(LedgerError):
@@ -58,15 +42,7 @@ class SealError(LedgerError):
 
 
 class StorageError(LedgerError):
-    """The file system refused (full, read-only, not a regular file); the outcome is old or new, never torn.
-
-    Attributes:
-        path: The file or folder concerned; optional so that the error can cross processes.
-    """
-
-    def __init__(self, message: str, *, path: Path | None = None) -> None:
-        super().__init__(message)
-        self.path = path
+    """The file system refused (full, read-only, not a regular file); the outcome is old or new, never torn."""
 
 
 class LockedError(StorageError):

@@ -6,14 +6,12 @@ The annotated types at the end are what records are made of: each says how a fie
 import re
 import unicodedata
 from collections.abc import Callable
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from capsfl.ledger import canonical
 from capsfl.ledger.errors import RecordError
 from capsfl.ledger.keys import Verifier
 
-_HEX = {"digest": re.compile(r"[0-9a-f]{64}"), "nonce": re.compile(r"[0-9a-f]{32}")}
-_SIGNATURE = re.compile(r"([0-9a-f]{128})?")
 _MAX_NAME = 128
 _MAX_PATH = 1024
 
@@ -34,80 +32,74 @@ def shorten(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def check_public_key(field: str, key: object) -> None:
-    """Requires a compressed P-256 point, as bytes."""
-    require(isinstance(key, bytes) and Verifier(key).is_valid, field, key, "use a compressed point of P-256")
+def check_that(holds: Callable[[Any], object], remedy: str) -> Check:
+    """Returns a check that requires a value for which `holds` is true."""
+    return lambda field, value: require(holds(value), field, value, remedy)
 
 
-def check_count(field: str, count: object) -> None:
-    """Requires an integer from 0 to 2**53 - 1, and not a bool."""
-    fits = type(count) is int and 0 <= count <= canonical.MAX_INTEGER
-    require(fits, field, count, "use an integer from 0 to 2**53 - 1")
+def optional(check: Check) -> Check:
+    """Returns a check that lets None stand as well."""
+    return lambda field, value: None if value is None else check(field, value)
 
 
-def check_figure(field: str, figure: object) -> None:
-    """Requires None or the decimal string of a non-negative number."""
-    fits = figure is None or (canonical.is_decimal(figure) and not str(figure).startswith("-"))
-    require(fits, field, figure, "use canonical.decimal(x) of a non-negative number, or None")
+def matching(pattern: str, remedy: str) -> Check:
+    """Returns a check that requires a string of this pattern."""
+    return check_that(lambda text: isinstance(text, str) and re.fullmatch(pattern, text) is not None, remedy)
 
 
-def check_error(field: str, error: object) -> None:
-    """Requires None or a decimal string from 0 to 1."""
-    check_figure(field, error)
-    require(error is None or float(str(error)) <= 1, field, error, "use a decimal string from 0 to 1, or None")
+def rows_of(*checks: Check) -> Check:
+    """Returns a check that requires a tuple of rows, each a tuple with an item per check.
+
+    The rows are sorted by their first item, each of which stands there once.
+    """
+
+    def check(field: str, rows: object) -> None:
+        require(type(rows) is tuple, field, rows, f"give a tuple of rows of {len(checks)}")
+        previous = ""
+        for row in cast(tuple[object, ...], rows):
+            require(type(row) is tuple and len(row) == len(checks), field, row, f"give rows of {len(checks)}")
+            first, *rest = cast(tuple[str, ...], row)
+            checks[0](field, first)
+            for check_item, item in zip(checks[1:], rest, strict=True):
+                check_item(f"{field}[{first[:40]}]", item)
+            require(previous < first, field, first, "sort the rows and name each first item once")
+            previous = first
+
+    return check
 
 
-def check_digest(field: str, digest: object) -> None:
-    """Requires 64 lower-case hex digits."""
-    fits = isinstance(digest, str) and _HEX["digest"].fullmatch(digest) is not None
-    require(fits, field, digest, "use 64 lower-case hex digits")
-
-
-def check_nonce(field: str, nonce: object) -> None:
-    """Requires 32 lower-case hex digits."""
-    fits = isinstance(nonce, str) and _HEX["nonce"].fullmatch(nonce) is not None
-    require(fits, field, nonce, "use 32 lower-case hex digits")
-
-
-def check_signature(field: str, signature: object) -> None:
-    """Requires 128 lower-case hex digits, or nothing yet."""
-    fits = isinstance(signature, str) and _SIGNATURE.fullmatch(signature) is not None
-    require(fits, field, signature, "use 128 lower-case hex digits")
-
-
-def check_rows(field: str, rows: object, *checks: Check) -> None:
-    """Requires a tuple of rows, each a tuple with an item per check; sorted by the first item, each of them once."""
-    require(type(rows) is tuple, field, rows, f"give a tuple of rows of {len(checks)}")
-    previous = ""
-    for row in cast(tuple[object, ...], rows):
-        require(type(row) is tuple and len(row) == len(checks), field, row, f"give rows of {len(checks)}")
-        first, *rest = cast(tuple[str, ...], row)
-        checks[0](field, first)
-        for check, item in zip(checks[1:], rest, strict=True):
-            check(f"{field}[{first[:40]}]", item)
-        require(previous < first, field, first, "sort the rows and name each first item once")
-        previous = first
-
-
-def check_digests(field: str, pairs: object) -> None:
-    """Requires a tuple of (path, digest), sorted by path, each path once."""
-    check_rows(field, pairs, check_path, check_digest)
-
-
-def check_errors(field: str, pairs: object) -> None:
-    """Requires a tuple of (hospital id, decimal in [0, 1] or None), sorted by id, each id once."""
-    check_rows(field, pairs, check_digest, check_error)
-
-
-def check_figures(field: str, pairs: object) -> None:
-    """Requires a tuple of (hospital id, decimal or None), sorted by id, each id once."""
-    check_rows(field, pairs, check_digest, check_figure)
+check_public_key = check_that(
+    lambda key: isinstance(key, bytes) and Verifier(key).is_valid, "use a compressed point of P-256"
+)
+"""Requires a compressed P-256 point, as bytes."""
+check_flag = check_that(lambda flag: type(flag) is bool, "use true or false")
+"""Requires a bool."""
+check_count = check_that(
+    lambda count: type(count) is int and 0 <= count <= canonical.MAX_INTEGER, "use an integer from 0 to 2**53 - 1"
+)
+"""Requires an integer from 0 to 2**53 - 1, and not a bool."""
+check_number = check_that(
+    lambda number: canonical.is_decimal(number) and not number.startswith("-"),
+    "use canonical.decimal(x) of a non-negative number",
+)
+"""Requires the decimal string of a non-negative number."""
+check_share = check_that(
+    lambda share: canonical.is_decimal(share) and not share.startswith("-") and float(share) <= 1,
+    "use a decimal string from 0 to 1",
+)
+"""Requires a decimal string from 0 to 1."""
+check_digest = matching("[0-9a-f]{64}", "use 64 lower-case hex digits")
+"""Requires 64 lower-case hex digits."""
+check_nonce = matching("[0-9a-f]{32}", "use 32 lower-case hex digits")
+"""Requires 32 lower-case hex digits."""
+check_signature = matching("([0-9a-f]{128})?", "use 128 lower-case hex digits")
+"""Requires 128 lower-case hex digits, or nothing yet."""
 
 
 def check_ids(field: str, ids: object) -> None:
     """Requires a tuple of hospital ids, sorted, each once."""
     require(type(ids) is tuple, field, ids, "give a tuple of hospital ids")
-    check_rows(field, tuple((member,) for member in cast(tuple[object, ...], ids)), check_digest)
+    rows_of(check_digest)(field, tuple((member,) for member in cast(tuple[object, ...], ids)))
 
 
 def check_cohort(field: str, names: object) -> None:
@@ -120,11 +112,8 @@ def check_cohort(field: str, names: object) -> None:
 
 def check_patients(field: str, rows: object) -> None:
     """Requires None, or a tuple of (hospital, patients, epsilon), sorted by hospital, each hospital once."""
-    require(
-        rows is None or (type(rows) is tuple and rows), field, rows, "give a tuple of (hospital, patients, epsilon)"
-    )
-    if rows is not None:
-        check_rows(field, rows, check_name, check_count, check_figure)
+    require(rows != (), field, rows, "give a tuple of (hospital, patients, epsilon)")
+    optional(rows_of(check_name, check_count, optional(check_number)))(field, rows)
 
 
 def check_name(field: str, name: object) -> None:
@@ -156,14 +145,14 @@ def check_path(field: str, path: object) -> None:
 
 Name = Annotated[str, check_name]
 Count = Annotated[int, check_count]
-Figure = Annotated[str | None, check_figure]
+Figure = Annotated[str | None, optional(check_number)]
 Digest = Annotated[str, check_digest]
 Nonce = Annotated[str, check_nonce]
 Signature = Annotated[str, check_signature]
 PublicKey = Annotated[bytes, check_public_key]
-Digests = Annotated[tuple[tuple[str, str], ...], check_digests]
-Errors = Annotated[tuple[tuple[str, str | None], ...], check_errors]
-Figures = Annotated[tuple[tuple[str, str | None], ...], check_figures]
+Digests = Annotated[tuple[tuple[str, str], ...], rows_of(check_path, check_digest)]
+Errors = Annotated[tuple[tuple[str, str | None], ...], rows_of(check_digest, optional(check_share))]
+Figures = Annotated[tuple[tuple[str, str | None], ...], rows_of(check_digest, optional(check_number))]
 Ids = Annotated[tuple[str, ...], check_ids]
 Cohort = Annotated[tuple[str, ...], check_cohort]
 Patients = Annotated[tuple[tuple[str, int, str | None], ...] | None, check_patients]

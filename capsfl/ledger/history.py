@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from capsfl.ledger import canonical, merkle
+from capsfl.ledger import merkle
 from capsfl.ledger.block import Block, SignedHead
 from capsfl.ledger.consensus import approvals_needed, has_work
 from capsfl.ledger.errors import DamageError, Divergence, LedgerError
 from capsfl.ledger.fields import check_signature
 from capsfl.ledger.keys import Signer, hospital_id
-from capsfl.ledger.records import Genesis, Record, RoundRecord, record_id
+from capsfl.ledger.records import Genesis, Record, RoundRecord, record_id, record_leaf
 from capsfl.ledger.rules import Index, admit
 
 _NO_PREDECESSOR = "0" * 64
@@ -37,9 +37,7 @@ class History:
     @property
     def genesis(self) -> Genesis:
         """The first record; the history must not be empty."""
-        genesis = self.blocks[0].records[0]
-        assert isinstance(genesis, Genesis)
-        return genesis
+        return self.index.genesis["genesis"]
 
     @property
     def rounds(self) -> Mapping[tuple[str, int], RoundRecord]:
@@ -71,14 +69,13 @@ class History:
             LedgerError: a rule does not allow one of the records here, or the key is not the owner's.
         """
         index = admit(records, self.index, len(self.blocks))
-        header = self._expected_header(records)
+        header = self._expected_header(records, index)
         if signer.hospital_id() != header["signer"]:
             raise LedgerError(f"the key of {signer.hospital_id()} does not own this chain: {header['signer']} does")
         block = Block(**header, records=tuple(records), signature=b"")
         if self.blocks and index.rules.proof_of_work:
             block = _mine(block, index.rules.proof_of_work)
-        frontier = self._frontier.copy()
-        frontier.append(block.hash())
+        frontier = self._frontier.grown(block.hash())
         head = SignedHead.sign(signer, header["chain_id"], frontier.size, frontier.root())
         known = {self.index.keys[member]: member for member in self.index.members()}
         approvals = sorted((known[m.public_key], head.approve(m).hex()) for m in members if m.public_key in known)
@@ -98,19 +95,19 @@ class History:
 
     def _admit(self, block: Block) -> None:
         additions = admit(block.records, self.index, len(self.blocks))
-        for name, expected in self._expected_header(block.records).items():
+        for name, expected in self._expected_header(block.records, additions).items():
             found = getattr(block, name)
             if found != expected:
                 raise LedgerError(f"{name} is {str(found)[:80]!r}, not {expected!r}")
-        frontier = self._frontier.copy()
-        frontier.append(block.hash())
-        genesis = _first(self.blocks[0].records if self.blocks else block.records)
-        root = frontier.root()
-        head = SignedHead(genesis.chain_id, genesis.public_key, frontier.size, root, block.signature)
+        frontier = self._frontier.grown(block.hash())
+        public_key, root = additions.genesis["genesis"].public_key, frontier.root()
+        head = SignedHead(block.chain_id, public_key, frontier.size, root, block.signature)
         if not head.is_signed():
             raise LedgerError("the signature is not the owner's over this block and all before it")
         self._check_approvals(block, head)
-        self._check_work(block)
+        bits = self.index.rules.proof_of_work if self.blocks else 0
+        if (block.work is not None) != (bits > 0) or not has_work(block.hash(), bits):
+            raise LedgerError(f"work: the hash does not have the {bits} zero bits of this chain's rules")
         self.blocks.append(block)
         self.hashes.append(block.hash())
         self._roots.append(root)
@@ -135,19 +132,13 @@ class History:
         if len(approvers) < needed:
             raise LedgerError(f"approvals: {len(approvers)} of {len(members)} members, the rules ask for {needed}")
 
-    def _check_work(self, block: Block) -> None:
-        bits = self.index.rules.proof_of_work if self.blocks else 0
-        if (block.work is not None) != (bits > 0) or not has_work(block.hash(), bits):
-            raise LedgerError(f"work: the hash does not have the {bits} zero bits of this chain's rules")
-
-    def _expected_header(self, records: Sequence[Record]) -> dict[str, Any]:
-        genesis = _first(self.blocks[0].records if self.blocks else records)
-        leaves = [merkle.leaf_hash(canonical.encode(record.to_canonical())) for record in records]
+    def _expected_header(self, records: Sequence[Record], index: Index) -> dict[str, Any]:
+        genesis = index.genesis["genesis"]
         return {
             "chain_id": genesis.chain_id,
             "height": len(self.blocks),
             "previous": self.hashes[-1].hex() if self.blocks else _NO_PREDECESSOR,
-            "records_root": merkle.root(leaves).hex(),
+            "records_root": merkle.root([record_leaf(record) for record in records]).hex(),
             "signer": hospital_id(genesis.public_key),
         }
 
@@ -160,22 +151,14 @@ def compare_rounds(recorded: RoundRecord, rerun: RoundRecord) -> None:
     """
     if recorded == rerun:
         return
-    where = f"task {recorded.task}, round {recorded.round}"
     leaf = first_difference(dict(recorded.leaves), dict(rerun.leaves))
     if leaf is not None:
-        raise Divergence(
-            f"{where}: tensor {leaf} is not the recorded one: the run is not the one this ledger records",
-            task=recorded.task,
-            round=recorded.round,
-            leaf=leaf,
-        )
-    name = next(item.name for item in fields(recorded) if getattr(recorded, item.name) != getattr(rerun, item.name))
-    found, expected = str(getattr(rerun, name))[:80], str(getattr(recorded, name))[:80]
-    raise Divergence(
-        f"{where}: {name} is {found}, recorded is {expected}: the run is not the one this ledger records",
-        task=recorded.task,
-        round=recorded.round,
-    )
+        what = f"tensor {leaf} is not the recorded one"
+    else:
+        name = next(item.name for item in fields(recorded) if getattr(recorded, item.name) != getattr(rerun, item.name))
+        what = f"{name} is {str(getattr(rerun, name))[:80]}, recorded is {str(getattr(recorded, name))[:80]}"
+    where = f"task {recorded.task}, round {recorded.round}"
+    raise Divergence(f"{where}: {what}: the run is not the one this ledger records")
 
 
 def first_difference(recorded: Mapping[str, str], found: Mapping[str, str]) -> str | None:
@@ -189,9 +172,3 @@ def _mine(block: Block, bits: int) -> Block:
     while not has_work((found := replace(block, work=work)).hash(), bits):
         work += 1
     return found
-
-
-def _first(records: Sequence[Record]) -> Genesis:
-    if not records or not isinstance(records[0], Genesis):
-        raise LedgerError("a chain begins with a genesis record")
-    return records[0]

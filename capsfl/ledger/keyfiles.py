@@ -1,13 +1,13 @@
 """Private keys in files: PKCS #8 PEM, mode 0600, encrypted under a passphrase where `capsfl[secure]` is installed."""
 
 import os
-import stat
 from hashlib import sha256
 from pathlib import Path
 
 from ecdsa import NIST256p, SigningKey
 
-from capsfl.ledger.errors import KeyFileError
+from capsfl.ledger import storage
+from capsfl.ledger.errors import KeyFileError, StorageError
 from capsfl.ledger.keys import Signer
 
 _MAX_BYTES = 4096
@@ -27,17 +27,12 @@ def load_key(path: Path | str, passphrase: bytes | None = None) -> Signer:
     """
     path = Path(path)
     try:
-        # O_NONBLOCK: a FIFO in the file's place must not hang the caller.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise KeyFileError(f"{path}: not a regular file")
-            if status.st_mode & 0o077:
+        with storage.open_stream(path) as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
                 raise KeyFileError(f"{path}: readable by others: run chmod 600 on it")
             pem = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}: no key to read there") from None
+    except StorageError as error:
+        raise KeyFileError(f"{error}: no key to read there") from None
     if pem.startswith(_ENCRYPTED):
         return Signer(_decrypted(path, pem, passphrase))
     try:
@@ -63,25 +58,25 @@ def save_key(signer: Signer, path: Path | str, passphrase: bytes | None = None) 
         KeyFileError: the file exists, the file system refuses, or encryption is asked for without the extra.
     """
     path = Path(path)
-    pem = _plain(signer) if passphrase is None else _encrypted(path, signer, passphrase)
+    if passphrase is not None:
+        pem = _encrypted(path, signer, passphrase)
+    else:
+        pem = SigningKey.from_string(signer.private_key, NIST256p, sha256).to_pem(format="pkcs8")
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(descriptor)
-            os.link(draft, path)  # unlike a rename, a link never replaces a key that is already there
-        finally:
-            os.unlink(draft)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}: choose another place for the key") from None
+        with storage.surfaced(path):
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(pem)
+                    file.flush()
+                    os.fsync(descriptor)
+                os.link(draft, path)  # unlike a rename, a link never replaces a key that is already there
+            finally:
+                os.unlink(draft)
+        storage.sync_folder(path.parent)
+    except StorageError as error:
+        raise KeyFileError(f"{error}: choose another place for the key") from None
 
 
 def open_key(path: Path) -> Signer:
@@ -97,11 +92,6 @@ def open_key(path: Path) -> Signer:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_key(Signer.generate(), path, passphrase)
     return load_key(path, passphrase)
-
-
-def _plain(signer: Signer) -> bytes:
-    key = SigningKey.from_string(signer.private_key, curve=NIST256p, hashfunc=sha256)
-    return key.to_pem(format="pkcs8")
 
 
 def _encrypted(path: Path, signer: Signer, passphrase: bytes) -> bytes:

@@ -12,7 +12,7 @@ import re
 import secrets
 from functools import cache
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 
 from capsfl.ledger import curve_ecdsa
 from capsfl.ledger.errors import LedgerError
@@ -32,8 +32,8 @@ class Curve(Protocol):
 
     def public_key(self, secret: bytes) -> bytes: ...
     def sign(self, secret: bytes, message: bytes) -> bytes: ...
-    def is_point(self, public_key: bytes) -> bool: ...
-    def verify(self, public_key: bytes, signature: bytes, message: bytes) -> bool: ...
+    def point(self, public_key: bytes) -> Any: ...
+    def verify(self, point: Any, signature: bytes, message: bytes) -> bool: ...
 
 
 @cache
@@ -127,12 +127,12 @@ class Verifier:
 
     def __init__(self, public_key: bytes, *, curve: Curve | None = None) -> None:
         self._curve = curve or default_curve()
-        self._key = public_key if isinstance(public_key, bytes) and self._curve.is_point(public_key) else None
+        self._point = self._curve.point(public_key) if isinstance(public_key, bytes) else None
 
     @property
     def is_valid(self) -> bool:
         """Whether the bytes given are a point of the curve."""
-        return self._key is not None
+        return self._point is not None
 
     def verify(self, signature: bytes, payload_type: str, chain_id: str, body: bytes) -> bool:
         """Tells whether this key signed this body as this type on this chain."""
@@ -144,12 +144,12 @@ class Verifier:
 
     def verify_message(self, signature: bytes, message: bytes) -> bool:
         """Tells whether `signature` is this key's r ‖ s over the bytes as they are, with the low s."""
-        if self._key is None or not isinstance(signature, bytes) or len(signature) != SIGNATURE_BYTES:
+        if self._point is None or not isinstance(signature, bytes) or len(signature) != SIGNATURE_BYTES:
             return False
         r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
         if not (0 < r < ORDER and 0 < s <= ORDER // 2):
             return False
-        return self._curve.verify(self._key, signature, message)
+        return self._curve.verify(self._point, signature, message)
 
 
 def _bound_type(payload_type: str, chain_id: str) -> bytes:

@@ -1,7 +1,6 @@
 """Reading a log: which blocks stand, and whether what follows them is a torn write or damage."""
 
 import io
-import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,29 +14,17 @@ _MAX_HEAD_BYTES = 4096
 
 def survey(folder: Path | str) -> tuple[History, int, LedgerError | None]:
     """Reads a ledger as far as it holds: its blocks, the bytes of log they take, and the first fault."""
-    folder = Path(folder)
+    place, remedy = Path(folder) / "head", "set the folder aside and resume from a checkpoint"
     try:
-        head = SignedHead.decode(storage.read_whole(folder / "head", _MAX_HEAD_BYTES))
-    except StorageError as error:
-        return History(), 0, error
-    except LedgerError as error:
-        return (
-            History(),
-            0,
-            DamageError(f"{folder / 'head'}: {error}: set the folder aside and resume from a checkpoint"),
-        )
-    try:
-        with (
-            storage.open_regular(folder / "log", os.O_RDONLY) as descriptor,
-            os.fdopen(descriptor, "rb", closefd=False) as stream,
-        ):
+        head = SignedHead.decode(storage.read_whole(place, _MAX_HEAD_BYTES))
+        with storage.open_stream(Path(folder) / "log") as stream:
             history, end, fault = parse(stream, head.size)
     except StorageError as error:
         return History(), 0, error
+    except LedgerError as error:
+        return History(), 0, DamageError(f"{place}: {error}: {remedy}")
     if fault is None and not (0 < head.size <= len(history.blocks) and history.head(head.size) == head):
-        fault = DamageError(
-            f"{folder / 'head'}: not the head of this log: set the folder aside and resume from a checkpoint"
-        )
+        fault = DamageError(f"{place}: not the head of this log: {remedy}")
     return history, end, fault
 
 
@@ -54,20 +41,20 @@ def parse(stream: BinaryIO, committed: int | None) -> tuple[History, int, Damage
         height = len(history.blocks)
         try:
             payload = storage.read_frame(stream)
-            if payload is None:
-                missing = committed is not None and height < committed
-                fault = DamageError(f"block {height}: the log ends before it", height=height) if missing else None
-                return history, end, fault
-            history.extend(Block.decode(payload))
+            if payload is not None:
+                history.extend(Block.decode(payload))
+                end = stream.tell()
+                continue
+            missing = committed is not None and height < committed
+            fault = DamageError(f"block {height}: the log ends before it", height=height) if missing else None
         except storage.TornFrame as torn:
             lost = committed is None or height < committed
             fault = DamageError(f"block {height}: {torn}", height=height) if lost else None
-            return history, end, fault
         except DamageError as error:
-            return history, end, error
+            fault = error
         except LedgerError as error:
-            return history, end, DamageError(f"block {height}: {error}", height=height)
-        end += storage.framed_length(payload)
+            fault = DamageError(f"block {height}: {error}", height=height)
+        return history, end, fault
 
 
 def parse_whole(data: bytes) -> History:

@@ -28,10 +28,11 @@ class Frontier:
         self.size = 0
         self._subtrees: list[bytes] = []  # largest first: one for each bit set in `size`
 
-    def copy(self) -> "Frontier":
-        """Returns a frontier that grows on its own."""
+    def grown(self, leaf: bytes) -> "Frontier":
+        """Returns another frontier with one more leaf hash at the right."""
         other = Frontier()
         other.size, other._subtrees = self.size, list(self._subtrees)
+        other.append(leaf)
         return other
 
     def append(self, leaf: bytes) -> None:
@@ -81,18 +82,13 @@ def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes],
     """Tells whether the proof shows `leaf` at `index` of a tree of this size and root (RFC 9162, 2.1.3.2)."""
     if not (_are_hashes(leaf, root, *proof) and 0 <= index < size):
         return False
-    node, position, last = leaf, index, size - 1
-    for sibling in proof:
-        if last == 0:
-            return False
-        if position & 1 or position == last:
-            node = node_hash(sibling, node)
-            while not position & 1 and position:
-                position, last = position >> 1, last >> 1
-        else:
-            node = node_hash(node, sibling)
-        position, last = position >> 1, last >> 1
-    return last == 0 and node == root
+    sides = _sides(index, size - 1)
+    if len(sides) != len(proof):
+        return False
+    node = leaf
+    for sibling, is_left in zip(proof, sides, strict=True):
+        node = node_hash(sibling, node) if is_left else node_hash(node, sibling)
+    return node == root
 
 
 def consistency_proof(leaves: Sequence[bytes], old_size: int) -> tuple[bytes, ...]:
@@ -118,23 +114,35 @@ def verify_consistency(old_size: int, new_size: int, old_root: bytes, new_root: 
         return False
     # Where the old tree is one perfect subtree, its root is not repeated in the proof.
     nodes = list(proof) if old_size & (old_size - 1) else [old_root, *proof]
-    if not nodes:
+    # The proof begins at the largest subtree that ends where the old tree does.
+    level = (old_size & -old_size).bit_length() - 1
+    sides = _sides((old_size - 1) >> level, (new_size - 1) >> level)
+    if len(nodes) != len(sides) + 1:
         return False
-    position, last = old_size - 1, new_size - 1
-    while position & 1:
-        position, last = position >> 1, last >> 1
     old_node = new_node = nodes[0]
-    for sibling in nodes[1:]:
-        if last == 0:
-            return False
-        if position & 1 or position == last:
+    for sibling, is_left in zip(nodes[1:], sides, strict=True):
+        if is_left:
             old_node, new_node = node_hash(sibling, old_node), node_hash(sibling, new_node)
-            while not position & 1 and position:
-                position, last = position >> 1, last >> 1
         else:
             new_node = node_hash(new_node, sibling)
+    return old_node == old_root and new_node == new_root
+
+
+def _sides(position: int, last: int) -> list[bool]:
+    """Tells for each node of a path from a leaf to the root whether its sibling is the left one.
+
+    Args:
+        position: of the leaf.
+        last: position of the last leaf.
+    """
+    sides = []
+    while last:
+        is_left = bool(position & 1) or position == last
+        sides.append(is_left)
+        while is_left and not position & 1 and position:  # the last node of a level without a partner moves up as it is
+            position, last = position >> 1, last >> 1
         position, last = position >> 1, last >> 1
-    return last == 0 and old_node == old_root and new_node == new_root
+    return sides
 
 
 def _subproof(leaves: Sequence[bytes], old_size: int, *, whole: bool) -> tuple[bytes, ...]:

@@ -7,14 +7,13 @@ whole ledger. The two paths are RFC 6962 audit paths, 32 bytes a level: at 1,000
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from capsfl.ledger import canonical, merkle
 from capsfl.ledger.block import SignedHead, check_version
 from capsfl.ledger.errors import LedgerError
 from capsfl.ledger.history import History
 from capsfl.ledger.keys import hospital_id
-from capsfl.ledger.records import Record, from_canonical
+from capsfl.ledger.records import Record, from_canonical, record_leaf
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ def prove(history: History, record: Record) -> bytes:
     block = history.holding(record)
     if block is None:
         raise LedgerError(f"{record.type}: no such record in this ledger")
-    leaves = _record_leaves(block.records)
-    position = leaves.index(_record_leaves((record,))[0])
+    leaves = [record_leaf(other) for other in block.records]
+    position = leaves.index(record_leaf(record))
     return canonical.encode(
         {
             "type": "proof.v1",
@@ -83,8 +82,7 @@ def check_proof(data: bytes) -> Proof:
         raise
     except (TypeError, KeyError, ValueError):
         raise LedgerError("not a proof: give a file that `capsfl ledger prove` wrote") from None
-    leaf = _record_leaves((record,))[0]
-    if not merkle.verify_inclusion(leaf, position, records, record_path, records_root):
+    if not merkle.verify_inclusion(record_leaf(record), position, records, record_path, records_root):
         raise LedgerError("the record is not under its block's records root")
     block_leaf = merkle.leaf_hash(canonical.encode(header))
     if not merkle.verify_inclusion(block_leaf, height, head.size, block_path, head.root):
@@ -92,7 +90,3 @@ def check_proof(data: bytes) -> Proof:
     if chain_id != head.chain_id or not head.is_signed():
         raise LedgerError("the head is not signed by the key it names, or names another chain than the block")
     return Proof(record, height, head)
-
-
-def _record_leaves(records: Any) -> list[bytes]:
-    return [merkle.leaf_hash(canonical.encode(record.to_canonical())) for record in records]

@@ -25,6 +25,7 @@ from capsfl.ledger.fields import (
     PublicKey,
     check_count,
     check_path,
+    check_that,
     require,
     shorten,
 )
@@ -46,10 +47,6 @@ _DTYPE_BYTES = {
 }  # fmt: skip
 
 
-def _check_chain(field: str, name: object) -> None:
-    require(is_chain_id(name), field, name, "use letters, digits, . _ -")
-
-
 @dataclass(frozen=True)
 class Genesis(Form):
     """The first record of a chain: its name and the key that signs its blocks.
@@ -60,7 +57,7 @@ class Genesis(Form):
     """
 
     type: ClassVar[str] = "genesis"
-    chain_id: Annotated[str, _check_chain]
+    chain_id: Annotated[str, check_that(is_chain_id, "use letters, digits, . _ -")]
     public_key: PublicKey
 
 
@@ -130,17 +127,8 @@ Record = (
 _KINDS: dict[str, type[Record]] = {kind.type: kind for kind in get_args(Record)}
 
 
-def from_canonical(value: object) -> Record:
-    """Returns the record whose canonical object is `value`.
-
-    Raises:
-        RecordError: an unknown type, a missing or unknown field, or a field that may not say what it says.
-    """
-    return from_object(value, _KINDS)
-
-
-def from_object(value: object, kinds: Mapping[str, type[Any]]) -> Any:
-    """Returns the value of one of the kinds whose canonical object is `value`.
+def from_canonical(value: object, kinds: Mapping[str, type[Any]] = _KINDS) -> Any:
+    """Returns the record, or other form of these kinds, whose canonical object is `value`.
 
     Raises:
         RecordError: an unknown type, a missing or unknown field, or a field that may not say what it says.
@@ -156,6 +144,11 @@ def from_object(value: object, kinds: Mapping[str, type[Any]]) -> Any:
     except TypeError:
         expected = ", ".join(kinds[kind].__dataclass_fields__)
         raise RecordError(f"{kind}: fields {shorten(sorted(fields))}: expected {expected}") from None
+
+
+def record_leaf(record: Record) -> bytes:
+    """Returns the leaf hash of a record in its block's Merkle tree, signatures included."""
+    return merkle.leaf_hash(canonical.encode(record.to_canonical()))
 
 
 def record_id(record: Record) -> str:

@@ -66,6 +66,10 @@ class Index:
         genesis = self.genesis["genesis"]
         return chain_binding(genesis.chain_id, genesis.public_key)
 
+    def committed(self, place: RoundKey) -> set[str]:
+        """Returns the ids of the hospitals that committed to an update of a round."""
+        return {commitment.hospital for commitment in self.commitments.get(place, ())}
+
     def members(self) -> tuple[str, ...]:
         """Returns the ids of the hospitals that may sign, sorted."""
         return tuple(sorted(member for member in self.keys if member not in self.revoked))
@@ -132,24 +136,23 @@ def _revoke(record: Revocation, index: Index, height: int) -> None:
 
 def _commit(record: Commitment, index: Index, height: int) -> None:
     place = _check_open_round(record, index)
-    if place in index.ballots or place in index.decisions:
+    if place in index.ballots:
         raise LedgerError(f"commitment.round: the vote on round {record.round} has begun")
     _check_signed(record, index)
     _check_member("commitment.peer", record.peer, index)
     if not record.is_countersigned(index.keys[record.peer], index.binding):
         raise LedgerError(f"commitment.countersignature: not that of {record.peer[:8]}")
     _use_nonce(record.hospital, record.nonce, index, height)
-    earlier = index.commitments.get(place, ())
-    if any(other.hospital == record.hospital for other in earlier):
+    if record.hospital in index.committed(place):
         raise LedgerError(f"commitment.hospital: {record.hospital[:8]} commits twice to round {record.round}")
-    index.commitments[place] = (*earlier, record)
+    index.commitments[place] = (*index.commitments.get(place, ()), record)
 
 
 def _vote(record: Ballot, index: Index, height: int) -> None:
     place = _check_open_round(record, index)
     _check_signed(record, index)
     _use_nonce(record.hospital, record.nonce, index, height)
-    committed = {commitment.hospital for commitment in index.commitments.get(place, ())}
+    committed = index.committed(place)
     # Else ballots of outsiders would make up for those of the cohort that are left out.
     if record.hospital not in committed:
         raise LedgerError(f"ballot.hospital: {record.hospital[:8]} has not committed to round {record.round}")
@@ -182,7 +185,7 @@ def _decide(record: Decision, index: Index, height: int) -> None:
         raise LedgerError(f"decision.hospital: {record.hospital[:8]} does not lead block {height}: {leader[:8]} does")
     if place in index.decisions:
         raise LedgerError(f"decision.round: round {record.round} is decided already")
-    committed = [commitment.hospital for commitment in index.commitments.get(place, ())]
+    committed = index.committed(place)
     ballots = index.ballots.get(place, ())
     # Else a leader would choose by whose ballots it leaves out.
     needed = max(1, -(-2 * len(committed) // 3))
@@ -194,30 +197,21 @@ def _decide(record: Decision, index: Index, height: int) -> None:
 
 
 def _enter_round(record: RoundRecord, index: Index, height: int) -> None:
-    members = [index.hospitals.get(name.casefold()) for name in record.cohort]
-    for name, member in zip(record.cohort, members, strict=True):
-        if member is None:
-            raise LedgerError(f"round.cohort: {name!r} is not registered: append its Registration first")
+    members = {_named("round.cohort", name, index): name for name in record.cohort}
+    for member, name in members.items():
         if member in index.revoked:
             raise LedgerError(f"round.cohort: {name!r} was revoked in block {index.revoked[member]}")
-    if len(set(members)) != len(members):
+    if len(members) != len(record.cohort):
         raise LedgerError("round.cohort: a hospital is named twice, by its name and its id")
-    latest = index.latest.get(record.task, -1)
-    if record.round <= latest:
-        raise LedgerError(f"round.round: {record.round} of task {record.task!r} comes after round {latest}")
-    for name, _, _ in record.patients or ():
-        if name.casefold() not in index.hospitals:
-            raise LedgerError(f"round.patients: {name!r} is not registered: append its Registration first")
+    place = _check_open_round(record, index)
     if record.patients is not None:
-        counted = {index.hospitals[name.casefold()] for name, _, _ in record.patients}
-        if not set(members) <= counted:
+        counted = {_named("round.patients", name, index) for name, _, _ in record.patients}
+        if not counted >= members.keys():
             raise LedgerError("round.patients: a hospital of the cohort is missing, and with it what its patients lost")
-    place = (record.task, record.round)
-    committed = {commitment.hospital for commitment in index.commitments.get(place, ())}
     # One that was revoked after it had committed is not missed.
-    committed -= set(index.revoked)
-    if (committed or index.rules.quorum != "owner") and committed != set(members):
-        odd = sorted(str(member)[:8] for member in committed ^ set(members))
+    committed = index.committed(place) - index.revoked.keys()
+    if (committed or index.rules.quorum != "owner") and committed != members.keys():
+        odd = sorted(member[:8] for member in committed ^ members.keys())
         raise LedgerError(f"round.cohort: not those who committed to round {record.round}: {', '.join(odd)}")
     if place in index.ballots and place not in index.decisions:
         raise LedgerError(f"round.round: the ballots of round {record.round} have no decision")
@@ -272,6 +266,13 @@ def _use_key(where: str, hospital: str, public_key: bytes, index: Index) -> None
     index.keys[hospital] = public_key
 
 
+def _named(where: str, name: str, index: Index) -> str:
+    member = index.hospitals.get(name.casefold())
+    if member is None:
+        raise LedgerError(f"{where}: {name!r} is not registered: append its Registration first")
+    return member
+
+
 def _check_member(where: str, hospital: str, index: Index) -> None:
     if hospital not in index.keys:
         raise LedgerError(f"{where}: {hospital[:8]} is not registered: append its Registration first")
@@ -286,7 +287,7 @@ def _check_signed(record: Statement, index: Index) -> None:
         raise LedgerError(f"{record.type}.signature: not that of {hospital[:8]} on this chain")
 
 
-def _check_open_round(record: RoundStatement, index: Index) -> RoundKey:
+def _check_open_round(record: RoundStatement | RoundRecord, index: Index) -> RoundKey:
     latest = index.latest.get(record.task, -1)
     if record.round <= latest:
         raise LedgerError(f"{record.type}.round: {record.round} of task {record.task!r} comes after round {latest}")

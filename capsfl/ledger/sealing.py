@@ -6,6 +6,9 @@ A fresh ephemeral key gives every seal a key of its own, so the nonce is fixed. 
 the context enter the key and the authenticated data: bytes sealed for one purpose open for no other.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from capsfl.ledger import canonical
 from capsfl.ledger.errors import SealError
 from capsfl.ledger.keys import PUBLIC_KEY_BYTES, Signer
@@ -27,16 +30,14 @@ def seal(data: bytes, public_key: bytes, *, chain_id: str, context: str) -> byte
     Raises:
         SealError: the key is not a point, or `capsfl[secure]` is not installed.
     """
-    aead, _, point = _primitives()
-    if point(public_key) is None:
+    curve = _secure()
+    recipient = curve.point(public_key)
+    if recipient is None:
         raise SealError("public_key: not a compressed point of P-256: take it from the requester's registration")
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    secret = ec.generate_private_key(ec.SECP256R1())
-    ephemeral = secret.public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+    secret = curve.generate()
+    ephemeral = curve.compressed(secret)
     bound = _bound(ephemeral, public_key, chain_id, context)
-    return _MAGIC + ephemeral + aead(_shared(secret, point(public_key), bound)).encrypt(_NONCE, data, bound)
+    return _MAGIC + ephemeral + curve.cipher(secret, recipient, bound).encrypt(_NONCE, data, bound)
 
 
 def unseal(sealed: bytes, signer: Signer, *, chain_id: str, context: str) -> bytes:
@@ -45,40 +46,29 @@ def unseal(sealed: bytes, signer: Signer, *, chain_id: str, context: str) -> byt
     Raises:
         SealError: not a seal, sealed to another key or purpose, changed, or `capsfl[secure]` is not installed.
     """
-    aead, private, point = _primitives()
+    curve = _secure()
     start = len(_MAGIC) + PUBLIC_KEY_BYTES
     ephemeral = sealed[len(_MAGIC) : start]
-    if not sealed.startswith(_MAGIC) or len(sealed) < OVERHEAD_BYTES or point(ephemeral) is None:
+    point = curve.point(ephemeral)
+    if not sealed.startswith(_MAGIC) or len(sealed) < OVERHEAD_BYTES or point is None:
         raise SealError("not a sealed model: give the bytes that the grant names")
     bound = _bound(ephemeral, signer.public_key, chain_id, context)
-    key = _shared(private(signer.private_key), point(ephemeral), bound)
     from cryptography.exceptions import InvalidTag
 
     try:
-        return aead(key).decrypt(_NONCE, sealed[start:], bound)
+        return curve.cipher(curve.private(signer.private_key), point, bound).decrypt(_NONCE, sealed[start:], bound)
     except InvalidTag:
         raise SealError("the seal does not open: sealed to another key or purpose, or changed on the way") from None
-
-
-def _shared(private, point, bound: bytes) -> bytes:
-    from cryptography.hazmat.primitives.asymmetric.ec import ECDH
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
-    return HKDF(SHA256(), 32, salt=None, info=bound).derive(private.exchange(ECDH(), point))
 
 
 def _bound(ephemeral: bytes, recipient: bytes, chain_id: str, context: str) -> bytes:
     return _MAGIC + canonical.encode([ephemeral.hex(), recipient.hex(), chain_id, context])
 
 
-def _primitives():
+def _secure() -> ModuleType:
     try:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-        from capsfl.ledger.curve_secure import point, private
+        return import_module("capsfl.ledger.curve_secure")
     except ImportError:
         raise SealError(
             "sealing needs the extra: pip install 'capsfl[secure]'; there is no cipher of our own"
         ) from None
-    return AESGCM, private, point

@@ -6,13 +6,8 @@ policy -> request -> grant (checked against the policy at that height) -> sealed
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from capsfl.ledger.fields import Count, Digest, Ids, Name, Nonce, Signature, check_count
+from capsfl.ledger.fields import Count, Digest, Ids, Name, Nonce, Signature, check_count, optional
 from capsfl.ledger.statements import Statement
-
-
-def _check_expiry(field: str, height: object) -> None:
-    if height is not None:
-        check_count(field, height)
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class AccessPolicy(Statement):
     category: Name
     version: Count
     allowed: Ids
-    expires: Annotated[int | None, _check_expiry] = None
+    expires: Annotated[int | None, optional(check_count)] = None
     signature: Signature = ""
 
     def allows(self, requester: str, height: int) -> bool:

@@ -32,11 +32,6 @@ def frame(payload: bytes) -> bytes:
     return length + zlib.crc32(length + payload).to_bytes(4, "big") + payload
 
 
-def framed_length(payload: bytes) -> int:
-    """Returns the length of the frame around a payload, in bytes."""
-    return _HEADER_BYTES + len(payload)
-
-
 def read_frame(stream: BinaryIO) -> bytes | None:
     """Returns the next payload, or None at the end; never reads more than a block may have.
 
@@ -68,23 +63,31 @@ def surfaced(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "; free space, then run the same command again" if full else ""
-        raise StorageError(f"{path}: {error.strerror or error}{remedy}", path=path) from error
+        raise StorageError(f"{path}: {error.strerror or error}{remedy}") from error
 
 
 @contextmanager
-def open_regular(path: Path, flags: int, mode: int = 0o644) -> Iterator[int]:
+def open_regular(path: Path, flags: int) -> Iterator[int]:
     """Opens a regular file and yields its descriptor.
 
     Raises:
         StorageError: the file is missing, a link, a FIFO or a device, or the file system refuses.
     """
     with surfaced(path):
-        descriptor = os.open(path, flags | _NO_SURPRISES, mode)
+        descriptor = os.open(path, flags | _NO_SURPRISES, 0o644)
         try:
-            _require_regular(path, descriptor)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise StorageError(f"{path}: not a regular file")
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[BinaryIO]:
+    """Opens a regular file for reading; see `open_regular`."""
+    with open_regular(path, os.O_RDONLY) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
+        yield stream
 
 
 def read_whole(path: Path, limit: int) -> bytes:
@@ -93,10 +96,10 @@ def read_whole(path: Path, limit: int) -> bytes:
     Raises:
         StorageError: the file is larger, missing, or not a regular file.
     """
-    with open_regular(path, os.O_RDONLY) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
-        data = file.read(limit + 1)
+    with open_stream(path) as stream:
+        data = stream.read(limit + 1)
     if len(data) > limit:
-        raise StorageError(f"{path}: larger than {limit} bytes", path=path)
+        raise StorageError(f"{path}: larger than {limit} bytes")
     return data
 
 
@@ -122,13 +125,6 @@ def replace(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def remove(path: Path) -> None:
-    """Removes a file, if it is there; gone from disk when it returns."""
-    with surfaced(path), suppress(FileNotFoundError):
-        os.unlink(path)
-        sync_folder(path.parent)
-
-
 def sync_folder(folder: Path) -> None:
     """Puts a folder's names on disk."""
     with surfaced(folder):
@@ -139,29 +135,19 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def lock(path: Path) -> int:
-    """Returns a descriptor that holds the only writer's lock until it is closed.
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the only writer's lock.
 
     Raises:
         LockedError: another writer, in this process or another, holds it.
     """
-    with surfaced(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_SURPRISES, 0o644)
+    with open_regular(path, os.O_RDWR | os.O_CREAT) as descriptor:
         try:
-            _require_regular(path, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
-            raise LockedError(f"{path}: another writer holds this ledger: wait for it to end", path=path) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-    return descriptor
-
-
-def _require_regular(path: Path, descriptor: int) -> None:
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise StorageError(f"{path}: not a regular file", path=path)
+            raise LockedError(f"{path}: another writer holds this ledger: wait for it to end") from None
+        yield
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

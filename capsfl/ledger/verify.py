@@ -72,6 +72,7 @@ def verify(
     configuration_hash: str | None,
     witness_head: bytes | None = None,
     recompute_manifest: Callable[[RoundRecord], tuple[bytes, Mapping[str, str]] | None] | None = None,
+    recompute_contents: Callable[[RoundRecord], str] | None = None,
 ) -> list[Finding]:
     """Checks a ledger and everything it says of its rounds; never raises, whatever the files hold.
 
@@ -89,6 +90,8 @@ def verify(
         recompute_manifest: Gives the bytes of a round's signed manifest and the SHA-256 (hex, by path) that the files
             of its checkpoint have now, None where there is no manifest. Files that differ though every tensor agrees
             are a WARNING. Without this function files are not looked at.
+        recompute_contents: Gives the digest (hex) of all that the checkpoint of a round holds now; asked for where its
+            files are not those of the manifest, or were not signed yet when a crash came.
 
     Returns:
         The findings: on the whole first, then round by round.
@@ -107,33 +110,29 @@ def verify(
     findings.extend(_check_consensus(history))
     for record in history.rounds.values():
         tensors = _check_tensors(record, recompute_leaves)
-        findings.append(tensors)
+        found: list[Finding | None] = [tensors]
         if recompute_manifest is not None:
-            findings.extend(_check_manifest(record, history, recompute_manifest, tensors.status))
-        findings.extend(_check_epsilon(record, recompute_epsilon))
-        findings.append(_check_configuration(record, configuration_hash))
+            found.append(_check_manifest(record, history, recompute_manifest, recompute_contents, tensors.status))
+        found += [_check_epsilon(record, recompute_epsilon), _check_configuration(record, configuration_hash)]
+        findings += [finding for finding in found if finding is not None]
     return findings
+
+
+def _on(record: RoundRecord, check: str, status: Status, detail: str, leaf: str | None = None) -> Finding:
+    return Finding(check, status, record.round, record.task, leaf, detail)
 
 
 def _check_witness(history: History, data: bytes | None) -> Finding:
     if data is None:
-        return Finding(
-            "witness",
-            Status.UNVERIFIABLE,
-            detail="no witness head given: a rollback or a rewritten chain would not show",
-            outside=True,
-        )
-
-    def failed(detail: str) -> Finding:
-        return Finding("witness", Status.FAILED, detail=detail)
-
+        detail = "no witness head given: a rollback or a rewritten chain would not show"
+        return Finding("witness", Status.UNVERIFIABLE, detail=detail, outside=True)
     try:
         witness = read_head(data)
     except Exception as error:
-        return failed(f"the witness head is unreadable: {_line(error)}")
+        return Finding("witness", Status.FAILED, detail=f"the witness head is unreadable: {_line(error)}")
     fault = extends(history, witness)
     if fault is not None:
-        return failed(fault)
+        return Finding("witness", Status.FAILED, detail=fault)
     return Finding("witness", Status.OK, detail=f"extends the {witness.size} blocks the witness saw")
 
 
@@ -141,7 +140,8 @@ def _check_consensus(history: History) -> Iterator[Finding]:
     """Says what the members' signatures are worth; that they hold, `survey` has checked with every rule."""
     index = history.index
     members = len(index.members())
-    names = {record.hospital_id: record.name for record in _registrations(history)}
+    records = (record for block in history.blocks for record in block.records)
+    names = {record.hospital_id: record.name for record in records if isinstance(record, Registration)}
     for (task, number), decision in index.decisions.items():
         ballots = index.ballots.get((task, number), ())
         out_voted = [names[member] for member, _ in decision.errors if member not in decision.accepted]
@@ -153,8 +153,7 @@ def _check_consensus(history: History) -> Iterator[Finding]:
         if fewest < SAFE_MEMBERS - 1:
             status, detail = Status.WARNING, f"{detail}; a model with {fewest} votes, where one false voter decides"
         voters = {ballot.hospital for ballot in ballots}
-        committed = (commitment.hospital for commitment in index.commitments.get((task, number), ()))
-        silent = [names[member] for member in committed if member not in voters]
+        silent = [names[member] for member in sorted(index.committed((task, number))) if member not in voters]
         if silent:
             status, detail = Status.WARNING, f"{detail}; no ballot of {', '.join(silent)}"
         yield Finding("votes", status, number, task, None, detail)
@@ -178,95 +177,82 @@ def _check_consensus(history: History) -> Iterator[Finding]:
         yield Finding("approvals", Status.OK, detail=detail)
 
 
-def _registrations(history: History) -> Iterator[Registration]:
-    return (record for block in history.blocks for record in block.records if isinstance(record, Registration))
-
-
 def _check_tensors(record: RoundRecord, recompute: Callable[[RoundRecord], Mapping[str, str] | None]) -> Finding:
-    def finding(status: Status, detail: str, leaf: str | None = None) -> Finding:
-        return Finding("tensors", status, record.round, record.task, leaf, detail)
-
     recorded = dict(record.leaves)
     try:
         found = recompute(record)
         if found is None:
-            return finding(Status.UNVERIFIABLE, "nothing to recompute from")
+            return _on(record, "tensors", Status.UNVERIFIABLE, "nothing to recompute from")
         found = dict(found)
         leaf = first_difference(recorded, found)
     except Exception as error:
-        return finding(Status.FAILED, f"cannot be read back: {_line(error)}")
+        return _on(record, "tensors", Status.FAILED, f"cannot be read back: {_line(error)}")
     if leaf is None:
-        return finding(Status.OK, f"as recorded ({len(recorded)})")
+        return _on(record, "tensors", Status.OK, f"as recorded ({len(recorded)})")
     wrong = "recorded but gone" if leaf not in found else "there but not recorded"
     wrong = "not the recorded one" if leaf in found and leaf in recorded else wrong
-    return finding(Status.FAILED, f"tensor {leaf} is {wrong}", leaf)
+    return _on(record, "tensors", Status.FAILED, f"tensor {leaf} is {wrong}", leaf)
 
 
 def _check_manifest(
     record: RoundRecord,
     history: History,
     recompute: Callable[[RoundRecord], tuple[bytes, Mapping[str, str]] | None],
+    recompute_contents: Callable[[RoundRecord], str] | None,
     tensors: Status,
-) -> Iterator[Finding]:
-    def finding(status: Status, detail: str, file: str | None = None) -> Finding:
-        return Finding("manifest", status, record.round, record.task, file, detail)
-
+) -> Finding | None:
     try:
         given = recompute(record)
         if given is None:
-            if tensors is not Status.UNVERIFIABLE:
-                yield finding(Status.UNVERIFIABLE, "no manifest is kept of its files")
-            return
+            if tensors is Status.UNVERIFIABLE:
+                return None  # there is no checkpoint
+            return _on(record, "manifest", Status.UNVERIFIABLE, "no manifest is kept of its files")
         manifest, found = Manifest.decode(given[0]), dict(given[1])
         manifest.check(record, history.genesis.public_key, history.index.binding)
         file = first_difference(dict(manifest.files), found)
-    except Exception as error:
-        yield finding(Status.FAILED, f"cannot be read back: {_line(error)}")
-        return
-    if file is None:
-        yield finding(Status.OK, "as written")  # without their number, which Orbax does not repeat
-    else:
+        if manifest.files and file is None:
+            return _on(record, "manifest", Status.OK, "as written")  # without their number, which Orbax does not repeat
+        held = None
         # Whether the model is another is for its tensors to say.
-        though = ", though every tensor agrees" if tensors is Status.OK else ""
-        yield finding(Status.WARNING, f"file {file} is not as it was written{though}", file)
+        if tensors is Status.OK and manifest.contents is not None and recompute_contents is not None:
+            held = recompute_contents(record) == manifest.contents
+    except Exception as error:
+        return _on(record, "manifest", Status.FAILED, f"cannot be read back: {_line(error)}")
+    if held is False:
+        return _on(record, "manifest", Status.FAILED, "what it holds beside the model is not what was signed", file)
+    if held and not manifest.files:
+        return _on(record, "manifest", Status.OK, "holds what was signed before it was saved")
+    agrees = "all that it holds" if held else "every tensor"
+    though = f", though {agrees} agrees" if tensors is Status.OK else ""
+    return _on(record, "manifest", Status.WARNING, f"file {file} is not as it was written{though}", file)
 
 
-def _check_epsilon(record: RoundRecord, recompute: Callable[[RoundRecord], str | None]) -> Iterator[Finding]:
-    def finding(status: Status, detail: str) -> Finding:
-        return Finding("epsilon", status, record.round, record.task, None, detail)
-
+def _check_epsilon(record: RoundRecord, recompute: Callable[[RoundRecord], str | None]) -> Finding | None:
     try:
         found = recompute(record)
     except Exception as error:
-        yield finding(Status.FAILED, f"cannot be recomputed: {_line(error)}")
-        return
+        return _on(record, "epsilon", Status.FAILED, f"cannot be recomputed: {_line(error)}")
     if found is None:
-        if record.epsilon is not None or float(record.noise_multiplier or 0) > 0:
-            yield finding(Status.UNVERIFIABLE, f"recorded {record.epsilon}, nothing to recompute it from")
-        return  # no noise, no claim, nothing to check
+        if record.epsilon is None and float(record.noise_multiplier or 0) == 0:
+            return None  # no noise, no claim, nothing to check
+        return _on(record, "epsilon", Status.UNVERIFIABLE, f"recorded {record.epsilon}, nothing to recompute it from")
     if not canonical.is_decimal(found):
-        yield finding(Status.FAILED, f"recomputed {str(found)[:40]!r} is not a number")
-    elif record.epsilon is None:
-        yield finding(Status.FAILED, f"none recorded, recomputed {found}")
-    elif math.isclose(float(record.epsilon), float(found), rel_tol=_EPSILON_TOLERANCE):
-        yield finding(Status.OK, f"{record.epsilon} as recorded")
-    else:
-        lie = "understated" if float(record.epsilon) < float(found) else "overstated"
-        yield finding(Status.FAILED, f"{lie}: recorded {record.epsilon}, recomputed {found}")
+        return _on(record, "epsilon", Status.FAILED, f"recomputed {str(found)[:40]!r} is not a number")
+    if record.epsilon is None:
+        return _on(record, "epsilon", Status.FAILED, f"none recorded, recomputed {found}")
+    if math.isclose(float(record.epsilon), float(found), rel_tol=_EPSILON_TOLERANCE):
+        return _on(record, "epsilon", Status.OK, f"{record.epsilon} as recorded")
+    lie = "understated" if float(record.epsilon) < float(found) else "overstated"
+    return _on(record, "epsilon", Status.FAILED, f"{lie}: recorded {record.epsilon}, recomputed {found}")
 
 
 def _check_configuration(record: RoundRecord, configuration_hash: str | None) -> Finding:
-    def finding(status: Status, detail: str) -> Finding:
-        return Finding("configuration", status, record.round, record.task, None, detail)
-
     if configuration_hash is None:
-        return finding(Status.UNVERIFIABLE, "no configuration at hand")
+        return _on(record, "configuration", Status.UNVERIFIABLE, "no configuration at hand")
     if record.configuration_hash != configuration_hash:
-        return finding(
-            Status.FAILED,
-            f"recorded {record.configuration_hash}, the configuration at hand is {configuration_hash}",
-        )
-    return finding(Status.OK, "as recorded")
+        wrong = f"recorded {record.configuration_hash}, the configuration at hand is {configuration_hash}"
+        return _on(record, "configuration", Status.FAILED, wrong)
+    return _on(record, "configuration", Status.OK, "as recorded")
 
 
 def _line(error: Exception) -> str:

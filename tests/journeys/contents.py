@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from capsfl.digests import file_digests
 from capsfl.ledger.chain import Ledger
 from capsfl.ledger.storage import TornFrame, read_frame
 
@@ -102,4 +103,8 @@ def assert_same(study: Path, unbroken: Path) -> None:
     for head in unbroken.rglob("ledger/head"):
         assert (study / head.relative_to(unbroken)).read_bytes() == head.read_bytes()
     assert not [path for path in study.rglob("*") if is_leftover(path.name)]
+    for step in study.rglob("checkpoints/*/*"):
+        manifest = step.parents[2] / "manifests" / step.parent.name / f"{step.name}.json"
+        signed = dict(json.loads(manifest.read_text())["files"])
+        assert signed == file_digests(step), "every file is signed, whenever the kill came"
     assert (study / "report.html").exists() == (unbroken / "report.html").exists()

@@ -31,11 +31,14 @@ import numpy as np
 from contents import assert_same, assert_within, contents
 from flax import nnx
 
-from capsfl import train
 from capsfl.config import ArmConfig, StudyConfig
+from capsfl.curves import MetricsLog
 from capsfl.learning.tasks import make_task
 from capsfl.profiling import RoundTrace
 from capsfl.study import Split
+from capsfl.training.founding import open_ledger
+from capsfl.training.rounds import run_rounds
+from capsfl.training.run import Run, plan_of_run
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "Gaussian noise": {},
@@ -62,6 +65,7 @@ FIXED = (
     ("os.rename", r"ledger/head$", 2),  # round 1 is in the log, the head has not moved
     ("open", r"metrics\.jsonl$", 1),  # round 1 is in the ledger, not in the curves
     ("os.mkdir", r"segmentation/1\.orbax-checkpoint-tmp$", 1),  # and has no checkpoint
+    ("os.rename", r"manifests/segmentation/1\.json$", 2),  # it has one, whose files nobody has signed yet
     ("os.rename", r"segmentation/2\.orbax-checkpoint-tmp/ledger$", 1),  # a checkpoint's arrays are half written
     ("os.rename", r"segmentation/2$", 1),  # a checkpoint is written, but not yet named
     ("os.mkdir", r"checkpoints/classification$", 1),  # between the stages
@@ -76,6 +80,7 @@ STAGES = {
     "ledger": r"/ledger(/|$)",
     "curves": r"/metrics\.",
     "records": r"/records(/|$)",
+    "manifests": r"/manifests(/|$)",
 }
 
 
@@ -122,16 +127,16 @@ def live(folder: Path, variant: str) -> None:
     config = configuration(variant)
     hospitals = ("A", "B", "C")
     split = Split(tuple(Holder(name) for name in hospitals), (), ())  # pyright: ignore[reportArgumentType]
-    run = train.Run(folder / "federated", config.arm(ArmConfig()), ArmConfig(), hospitals, "0" * 32)
-    plan = train.plan_of_run(run, split)
+    run = Run(folder / "federated", config.arm(ArmConfig()), ArmConfig(), hospitals, "0" * 32)
+    plan = plan_of_run(run, split)
     generator = np.random.default_rng(0)
     records = {}
     for number, name in enumerate(hospitals):
         x = generator.normal(size=(3 + number, 3)).astype(np.float32)
         records[name] = {"x": x, "y": x @ np.array([[1], [-2], [3]], np.float32)}
-    metrics = train.MetricsLog(run.folder / "metrics.jsonl", member=None)
+    metrics = MetricsLog(run.folder / "metrics.jsonl", member=None)
     spent = 0
-    with train.open_ledger(run, split) as ledger:
+    with open_ledger(run, split) as ledger:
         for name, stage in (("segmentation", config.segmentation), ("classification", config.classification)):
             assert stage is not None
             line = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(1))
@@ -139,7 +144,7 @@ def live(folder: Path, variant: str) -> None:
                 name, line, lambda model, batch: jnp.mean((model(batch["x"]) - batch["y"]) ** 2),
                 absolute_error=lambda model, batch: jnp.abs(model(batch["x"]) - batch["y"])[:, 0],
             )  # fmt: skip
-            *_, spent = train.run_rounds(
+            *_, spent = run_rounds(
                 run, task, stage, records, {}, ledger, metrics, RoundTrace(None), plan=plan, rounds_before=spent
             )
 

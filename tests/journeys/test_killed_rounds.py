@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.journey, pytest.mark.torture]
 TORTURE = "CAPSFL_TORTURE" in os.environ
 BY_CHANCE, EVERY, FIXED = {"quantile clipping, server Adam": 2}, 3, 3
 if TORTURE:
-    EVERY, FIXED = 1, 8
+    EVERY, FIXED = 1, 9
     BY_CHANCE = {
         "Gaussian noise": 60,
         "quantile clipping, server Adam": 30,
@@ -31,7 +31,11 @@ def test_rounds_killed_at_any_moment_end_bit_identical_to_those_that_were_not(
 ):
     command = [sys.executable, str(Path(__file__).with_name("killed_rounds.py")), str(tmp_path / "runs")]
     done = subprocess.run(
-        [*command, str(BY_CHANCE[variant]), str(EVERY), variant], capture_output=True, text=True, timeout=3600, env=environment
+        [*command, str(BY_CHANCE[variant]), str(EVERY), variant],
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)

@@ -63,11 +63,12 @@ def test_a_ledger_opens_with_every_block_linked_signed_and_provable(chain, owner
     assert ledger.find("classification", 7) is None
     assert (head.size, head.public_key, head.is_signed()) == (20, owner.public_key, True)
     assert head.root == merkle.root([block.hash() for block in blocks])
+    hashes = [block.hash() for block in blocks]
     for block in blocks:
-        proof = ledger.inclusion_proof(block.height)
+        proof = merkle.inclusion_proof(hashes, block.height)
         assert merkle.verify_inclusion(block.hash(), block.height, head.size, proof, head.root)
-    old_root = merkle.root([block.hash() for block in blocks[:13]])
-    assert merkle.verify_consistency(13, 20, old_root, head.root, ledger.consistency_proof(13))
+    old_root, proof = merkle.root(hashes[:13]), merkle.consistency_proof(hashes, 13)
+    assert merkle.verify_consistency(13, 20, old_root, head.root, proof)
 
 
 @pytest.mark.torture
@@ -249,13 +250,12 @@ def test_appending_a_record_again_returns_its_block_and_writes_nothing(chain, ow
 def test_a_rerun_that_differs_names_the_round_and_the_first_tensor_or_field(chain, owner, round_record):
     before = (chain / "log").read_bytes()
     with Ledger.open(chain, owner) as ledger:
-        with pytest.raises(Divergence, match=r"task segmentation, round 4: tensor capsules/kernel") as caught:
+        with pytest.raises(
+            Divergence, match=r"^task segmentation, round 4: tensor capsules/kernel is not the recorded"
+        ):
             ledger.append(round_record(4, value=4.5))
-        assert (caught.value.task, caught.value.round) == ("segmentation", 4)
-        assert caught.value.leaf == "capsules/kernel"
-        with pytest.raises(Divergence, match=r"round 4: epsilon is 0\.1, recorded is 4\.5") as caught:
+        with pytest.raises(Divergence, match=r"^task segmentation, round 4: epsilon is 0\.1, recorded is 4\.5"):
             ledger.append(round_record(4, epsilon="0.1"))
-        assert (caught.value.round, caught.value.leaf) == (4, None)
         assert ledger.append(round_record(19)).height == 20
     assert (chain / "log").read_bytes().startswith(before)
 
@@ -373,9 +373,8 @@ def test_on_resume_a_forked_history_is_a_divergence_that_names_round_and_tensor(
     with Ledger.restore(tmp_path / "fork", _frames(payloads[:12]), signer=owner) as fork:
         fork.append(round_record(11, value=0.0))
         data, head = fork.export(), fork.head()
-    with pytest.raises(Divergence, match="round 11: tensor capsules/kernel") as caught:
+    with pytest.raises(Divergence, match=r"^task segmentation, round 11: tensor capsules/kernel is not the recorded"):
         Ledger.restore(chain, data, signer=owner)
-    assert (caught.value.round, caught.value.leaf) == (11, "capsules/kernel")
     with Ledger.create(tmp_path / "else", signer=owner, chain_id="trial-9") as other:
         elsewhere = other.export()
     with pytest.raises(Divergence, match="block 0"):

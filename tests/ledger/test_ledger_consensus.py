@@ -130,11 +130,12 @@ def test_a_block_with_approvals_reads_back_from_disk(five, round_of, tmp_path):
         tmp_path / "a", signer=five.owner, chain_id=CHAIN, registrations=five.registrations, rules=rules
     ) as ledger:
         history = ledger._history
+        ledger.approvers = five.signers.values
         for number in range(3):
             records = five.propose(history, round_of(number), _measured({}))
-            block = ledger.append(*records, members=list(five.signers.values()))
+            block = ledger.append(*records)
             assert has_work(block.hash(), 4)
-            assert ledger.append(*records, members=list(five.signers.values())) == block  # idempotent
+            assert ledger.append(*records) == block  # idempotent
         data = ledger.export()
     opened = Ledger.open(tmp_path / "a")
     assert opened.blocks() == ledger.blocks()
@@ -430,8 +431,7 @@ def test_work_is_checked_against_the_rules_and_not_the_blocks_word(five, round_o
 
     def signed(history: History, block: Block) -> Block:
         """The block with the owner's true signature: only the work is missing."""
-        frontier = history._frontier.copy()
-        frontier.append(block.hash())
+        frontier = history._frontier.grown(block.hash())
         head = SignedHead.sign(five.owner, CHAIN, frontier.size, frontier.root())
         return replace(block, signature=head.signature)
 
@@ -558,7 +558,8 @@ def _findings(five: Hospitals, folder, record: RoundRecord, votes: Mapping[str, 
     with Ledger.create(
         folder, signer=five.owner, chain_id=CHAIN, registrations=five.registrations, rules=rules
     ) as ledger:
-        ledger.append(*five.propose(ledger._history, record, votes), members=five.signers.values())
+        ledger.approvers = five.signers.values
+        ledger.append(*five.propose(ledger._history, record, votes))
     return verify(
         folder, recompute_leaves=lambda r: dict(r.leaves), recompute_epsilon=lambda r: r.epsilon,
         configuration_hash=record.configuration_hash,

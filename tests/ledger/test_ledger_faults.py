@@ -64,13 +64,14 @@ def _campaign(act: Callable[[], None], check: Callable[[bool], None]) -> int:
     check(True)
     for fault in ("full", "late error", "short write", "power cut"):
         for at in range(counter.count):
-            done = False
+            done, message = False, ""
             try:
                 with _Disk(at, fault)():
                     act()
                 done = True
             except (StorageError, _PowerCut) as error:
-                assert fault != "full" or "free space" in str(error)
+                message = str(error)
+            assert done or fault != "full" or "free space" in message
             assert done or fault != "short write"
             check(done)
     return counter.count

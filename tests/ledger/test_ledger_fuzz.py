@@ -170,7 +170,8 @@ def readers(history: History, owner: Signer, members: list[Signer]) -> dict[str,
     records = [record for block in history.blocks for record in block.records]
     log = b"".join(frame(block.encode()) for block in history.blocks)
     other = SignedHead.sign(owner, "trial-1", len(history.blocks), b"\x01" * 32)
-    manifest = Manifest.of(history.rounds["segmentation", 1], {"a/b": "00" * 32, "c": "11" * 32}, owner, BOUND)
+    files = {"a/b": "00" * 32, "c": "11" * 32}
+    manifest = Manifest.of(history.rounds["segmentation", 1], "22" * 32, files, owner, BOUND)
 
     def admit(data: bytes) -> None:
         """A record that the owner signs, whatever it says, as far as the rules."""

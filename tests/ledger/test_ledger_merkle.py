@@ -67,10 +67,10 @@ def test_the_root_is_the_one_rfc_6962_defines(data):
     assert merkle.root(leaves) == _tree_hash(data)
     frontier = merkle.Frontier()
     for size, leaf in enumerate(leaves):
-        branch = frontier.copy()
+        branch = frontier.grown(leaf)
+        assert frontier.root() == merkle.root(leaves[:size])
         frontier.append(leaf)
-        assert branch.root() == merkle.root(leaves[:size])
-        assert frontier.root() == merkle.root(leaves[: size + 1])
+        assert branch.root() == frontier.root() == merkle.root(leaves[: size + 1])
 
 
 @pytest.mark.parametrize("size", range(1, len(_LEAVES) + 1))

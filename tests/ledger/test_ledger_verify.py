@@ -134,8 +134,8 @@ def test_a_manifest_alone_that_differs_is_a_warning(chain, owner, stranger):
     binding = chain_binding("trial-1", owner.public_key)
     record = Ledger.open(chain).find("segmentation", 0)
     assert record is not None
-    files = {"d/0": "00" * 32}
-    data = Manifest.of(record, files, owner, binding).encode()
+    files, contents = {"d/0": "00" * 32}, "22" * 32
+    data = Manifest.of(record, contents, files, owner, binding).encode()
     assert Manifest.decode(data).encode() == data
 
     def check(data: bytes, found: dict[str, str], **others) -> Finding:
@@ -151,14 +151,58 @@ def test_a_manifest_alone_that_differs_is_a_warning(chain, owner, stranger):
     later = Ledger.open(chain).find("segmentation", 1)
     assert later is not None
     for bad in (
-        Manifest.of(record, files, stranger, binding).encode(),
-        Manifest.of(record, files, owner, "another-chain").encode(),
-        Manifest.of(later, files, owner, binding).encode(),
+        Manifest.of(record, contents, files, stranger, binding).encode(),
+        Manifest.of(record, contents, files, owner, "another-chain").encode(),
+        Manifest.of(later, contents, files, owner, binding).encode(),
         data.replace(b"d/0", b"d/1"),
         b"",
         b"{}",
     ):
         assert check(bad, files).status is Status.FAILED
+
+
+def test_files_that_differ_or_are_not_signed_yet_are_judged_by_what_the_checkpoint_holds(chain, owner):
+    binding = chain_binding("trial-1", owner.public_key)
+    record = Ledger.open(chain).find("segmentation", 0)
+    assert record is not None
+    files, contents = {"d/0": "00" * 32}, "22" * 32
+    manifests = {
+        name: Manifest.of(record, contents, signed, owner, binding)
+        for name, signed in (("whole", files), ("early", {}))
+    }
+    older = dataclasses.replace(manifests["whole"], contents=None).signed(owner, binding)
+
+    def check(manifest: Manifest, found: dict[str, str], held: str | None, **others) -> tuple[Status, str]:
+        def recompute(_):
+            if held is None:
+                raise OSError("unreadable")
+            return held
+
+        given = {0: (manifest.encode(), found)}
+        finding = _only(
+            _audit(chain, recompute_manifest=lambda r: given.get(r.round), recompute_contents=recompute, **others),
+            "manifest",
+            0,
+        )
+        return finding.status, finding.detail
+
+    written_again = {"d/0": "11" * 32}
+    assert check(manifests["whole"], files, None)[0] is Status.OK  # nothing has to be read
+    assert check(manifests["whole"], written_again, contents) == (
+        Status.WARNING,
+        "file d/0 is not as it was written, though all that it holds agrees",
+    )
+    assert check(manifests["early"], files, contents) == (Status.OK, "holds what was signed before it was saved")
+    for manifest in manifests.values():
+        for bad, found in (("33" * 32, written_again), (None, written_again), ("33" * 32, {})):
+            assert check(manifest, found, bad)[0] is Status.FAILED
+    assert check(older, files, None)[0] is Status.OK
+    assert check(older, written_again, None) == (
+        Status.WARNING,
+        "file d/0 is not as it was written, though every tensor agrees",
+    )
+    # A model that is another is its tensors' to say, and once.
+    assert check(manifests["whole"], written_again, "33" * 32, leaves=lambda _: {})[0] is Status.WARNING
 
 
 def test_a_rollback_of_the_whole_folder_shows_only_against_a_witness(chain, owner):

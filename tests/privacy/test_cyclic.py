@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsfl.checkpoint import open_checkpoints
+from capsfl.checkpoint import Step, open_checkpoints
 from capsfl.federated import Federation, RoundsConfig
 from capsfl.federated.devices import DevicesConfig
 from capsfl.federated.hospitals import stack_hospitals
@@ -110,7 +110,7 @@ def test_the_round_adds_the_banded_noise_that_is_accounted_and_it_resumes_bit_fo
     for number in range(6):
         if number == 3:
             with open_checkpoints(tmp_path) as checkpoints:
-                checkpoints.save(state, key=engine.fingerprint, accountant={}, ledger=b"log")
+                checkpoints.save(Step.of(state, key=engine.fingerprint, accountant={}, ledger=b"log"))
         state, report = engine.step(state)
         assert report.cohort == (f"h{number % 3}", f"h{number % 3 + 3}")
         models.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.parameters)]))
