@@ -1,6 +1,7 @@
 """What predict finds, under which name a result lies, and which study may answer; networks are stood in for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,15 @@ import pytest
 
 from capsfl.config import DataConfig
 from capsfl.ct.errors import ScanError, TooLarge
-from capsfl.ct.normalize import LUNG_WINDOW, VolumeConfig
+from capsfl.ct.normalize import EXTENT_MM, LUNG_WINDOW, VolumeConfig
 from capsfl.ct.reader import ReaderConfig
-from capsfl.ct.scan import Scan
+from capsfl.ct.scan import Scan, ScanSource, as_rows
 from capsfl.learning.segmentation import SegmentationConfig
 from capsfl.predict import model as answering
 from capsfl.predict.model import Answer, Model
 from capsfl.predict.run import predict_one
 from capsfl.predict.scans import find_scans
+from capsfl.report.predictions import Prediction
 from capsfl.study import study_kinds
 
 SHAPE = (8, 24, 24)
@@ -40,7 +42,7 @@ def model() -> Any:
         return Answer(mask, mask.astype(np.float32), None)
 
     config = SimpleNamespace(segmentation=SegmentationConfig())
-    return SimpleNamespace(answer=answer, target="lesion", facts={}, config=config)
+    return SimpleNamespace(answer=answer, target="lesion", facts={}, classes=(), config=config)
 
 
 def predicted(model: Any, place: Path, out: Path) -> list[dict[str, Any]]:
@@ -88,7 +90,12 @@ def test_what_the_reader_may_load_holds_for_nifti_too(tmp_path: Path):
         assert found.read()[0].hu.shape == SHAPE
 
 
-def seeing(config: VolumeConfig, scanner: str | None, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Any]]:
+def seeing(
+    config: VolumeConfig,
+    scanner: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    field: tuple[int, int, int] | None = None,
+) -> tuple[Any, dict[str, Any]]:
     """A model without networks, and what they were shown."""
     shown: dict[str, Any] = {}
 
@@ -103,7 +110,7 @@ def seeing(config: VolumeConfig, scanner: str | None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(answering, "images_of", images_of)
     model: Any = Model.__new__(Model)
     model._scanner, model._marking_weights, model._judging_weights = scanner, None, None
-    model.config = SimpleNamespace(data=DataConfig(volumes=config))
+    model.config = SimpleNamespace(data=DataConfig(volumes=config, field=field))
     model.segmenter = SimpleNamespace(planes=planes, fused=lambda p: p["xy"], config=SegmentationConfig())
     model.classifier = SimpleNamespace(config=None, probabilities=lambda weights, images: np.ones((1, 2)))
     return model, shown
@@ -123,10 +130,62 @@ def test_a_new_scan_is_seen_through_the_window_that_the_study_was_trained_with(t
     assert not shown
 
 
-def test_a_study_of_pictures_does_not_answer_for_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(answering, "load_study_config", lambda study: SimpleNamespace(arms=()))
-    (tmp_path / "study.json").write_text('{"configuration": {}, "kinds": ["pictures"]}')
-    with pytest.raises(ValueError, match=r"trained on pictures, .* cannot judge CT scans; name a study"):
-        Model(tmp_path)
+def test_what_a_study_answers_for_is_what_it_was_trained_on(tmp_path: Path):
+    (tmp_path / "study.json").write_text('{"configuration": {}}')
+    assert study_kinds(tmp_path) == ("volume",)
     (tmp_path / "study.json").write_text('{"configuration": {}, "kinds": ["pictures", "volume"]}')
     assert study_kinds(tmp_path) == ("pictures", "volume")
+
+
+def test_masks_of_an_earlier_call_are_no_volumes_to_predict(model: Any, tmp_path: Path):
+    """Results may lie within the tree that is predicted."""
+    write_scan(tmp_path / "in" / "a.nii.gz", 0)
+    out = tmp_path / "in" / "out"
+    for _ in range(2):
+        found = list(find_scans(tmp_path / "in", out=out))
+        assert [one.name for one in found] == ["a"]
+        predict_one(model, found[0], out, ("nifti",), identified=False)
+    assert (out / "a" / "mask.nii.gz").exists()
+
+
+@pytest.fixture(scope="module")
+def chest() -> Scan:
+    """Two lungs in a body in a field of view that is wider than the body."""
+    z, y, x = np.indices((48, 64, 80))
+    inside = ((y - 32) / 26) ** 2 + ((x - 40) / 36) ** 2 < 1
+    hu = np.where(inside, 40, -1000).astype(np.float32)
+    for middle in (24, 56):
+        hu[((z - 24) / 20) ** 2 + ((y - 32) / 16) ** 2 + ((x - middle) / 11) ** 2 < 1] = -850
+    affine = np.array([[0, 0, 4.0, 0], [0, 4.0, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]])
+    source = ScanSource("nifti", "p", hu.shape, as_rows(affine), (0, 1, 2), (False, False, False))
+    return Scan(hu, np.ones(hu.shape, bool), affine, source)
+
+
+@pytest.mark.parametrize("slices", [128, 24])
+def test_how_much_of_the_lungs_was_not_looked_at_is_their_part_outside_the_field(chest: Scan, monkeypatch, slices):
+    """A field of 24 slices of 4 mm is 96 mm high, and the lungs, two ellipsoids, are 200 mm."""
+    field = (slices, 128, 128)
+    model, _ = seeing(VolumeConfig(), None, monkeypatch, field=field)
+    answer = model.answer(chest)
+    inside = min(slices * 4 / 200, 1)
+    assert answer.outside_field == pytest.approx(1 - (3 * inside - inside**3) / 2, abs=0.03)
+    low, high = answer.field
+    assert (high - low) * np.array(chest.spacing_mm) == pytest.approx(np.array(EXTENT_MM) * np.array(field) / 128)
+    centre = (low + high) / 2
+    assert centre == pytest.approx((24, 32, 40), abs=1.1), "around the lungs"
+
+
+def test_the_remark_on_the_field_is_for_readers_of_scans(chest: Scan, model: Any, tmp_path: Path):
+    found = SimpleNamespace(read=lambda: (chest, ()), digest=lambda: "0", name="a")
+    told = {}
+    for outside in (None, 0.0, 0.004, 0.125):
+        answer = replace(model.answer(chest), outside_field=outside)
+        marked = SimpleNamespace(**{**vars(model), "answer": lambda _, answer=answer: answer})
+        row = predict_one(marked, found, tmp_path, (), identified=False)  # pyright: ignore[reportArgumentType]
+        assert row["outside_field"] == outside
+        told[outside] = row["remarks"], Prediction(row, "").examined
+    assert told[None] == (["no lungs were found in the scan"], "no lungs found")
+    assert told[0.0] == told[0.004] == ([], "all")
+    (remark,), words = told[0.125]
+    assert remark.startswith("12% of the lungs lie outside the region that was examined: nothing there is marked")
+    assert words == "88%"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -47,7 +48,9 @@ def write_nifti_mask(path: Path, mask_or_probability: np.ndarray, scan: Scan) ->
     write_atomically(path, lambda partial: nibabel.save(image, partial))
 
 
-def write_overlay_png(path: Path, scan: Scan, mask: np.ndarray, *, title: str = "") -> None:
+def write_overlay_png(
+    path: Path, scan: Scan, mask: np.ndarray, *, title: str = "", field: np.ndarray | None = None
+) -> None:
     """Draw three axial, coronal and sagittal slices in the lung window with the mask's outline.
 
     The slices cut the mask where it holds anything, else the scan, at 30, 50 and 70 %. Radiological
@@ -58,6 +61,8 @@ def write_overlay_png(path: Path, scan: Scan, mask: np.ndarray, *, title: str = 
         scan: the scan.
         mask: (z, y, x) bool on the scan's grid.
         title: what the picture shows, in a few words.
+        field: low and high corner (2, 3) in voxels of the part that was looked at; its border is drawn, dashed, where
+            it lies within the scan.
 
     Raises:
         ValueError: the shape is not the scan's, or the name does not end in .png.
@@ -81,6 +86,8 @@ def write_overlay_png(path: Path, scan: Scan, mask: np.ndarray, *, title: str = 
             vertical, horizontal = [mm for axis, mm in enumerate(scan.spacing_mm) if axis != row]
             panel = axes[row, column]
             panel.imshow(picture, cmap="gray", vmin=-0.5, vmax=0.5, aspect=vertical / horizontal)
+            if field is not None:
+                _draw_field(panel, np.delete(field, row, axis=1), picture.shape, upright=row > 0)
             if outline.any():
                 panel.contour(outline.astype(np.float32), levels=[0.5], colors="#ff5050", linewidths=0.8)
             panel.set_title(f"{plane} {index + 1}/{scan.hu.shape[row]}", color="white", fontsize=9)
@@ -89,6 +96,18 @@ def write_overlay_png(path: Path, scan: Scan, mask: np.ndarray, *, title: str = 
             panel.set_axis_off()
     figure.suptitle(f"{title} · {NOTICE}" if title else NOTICE, color="white", fontsize=10)
     write_atomically(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+
+
+def _draw_field(panel: Axes, corners: np.ndarray, shape: tuple[int, ...], *, upright: bool) -> None:
+    """Draw the lines of a field's border (low, high along rows and columns) that lie within a picture."""
+    rows, columns = corners.T
+    if upright:
+        rows = shape[0] - 1 - rows[::-1]
+    style = {"color": "#ffd24d", "linewidth": 0.9, "linestyle": (0, (5, 4))}
+    for row in rows[(rows > 0) & (rows < shape[0] - 1)]:
+        panel.plot(np.clip(columns, 0, shape[1] - 1), (row, row), **style)
+    for column in columns[(columns > 0) & (columns < shape[1] - 1)]:
+        panel.plot((column, column), np.clip(rows, 0, shape[0] - 1), **style)
 
 
 def _slices(mask: np.ndarray, axis: int) -> list[int]:

@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,15 +13,15 @@ from capsfl.ct.errors import ScanError, SeveralSeries
 from capsfl.ct.index import COLLECTION, INDEX, IndexEntry, read_index, write_index
 from capsfl.ct.ingest_scan import BODY, MASK, IngestConfig, ingest_scan, is_current, stored_path
 from capsfl.ct.normalize import VolumeConfig
-from capsfl.ct.output import below, create_object, read_file, remove_file, storage_errors, write_file
+from capsfl.ct.output import below, read_file, remove_file, storage_errors, write_file
 from capsfl.ct.pool import each
 from capsfl.ct.reader import ReaderConfig
+from capsfl.ct.salt import salted
 from capsfl.ct.zarr_group import Place, parse_place
-from capsfl.workers import is_gone, process_tag
+from capsfl.workers import is_gone
 
 __all__ = ["BODY", "MASK", "IndexEntry", "IngestReport", "ingest", "read_index"]
 
-SALT = ".pseudonym-salt"
 LOCAL_HOSPITAL = "local"
 """Hospital of scans that come without a manifest."""
 
@@ -63,7 +60,8 @@ def ingest(
     the configuration are unchanged. A manifest or a collection defines the whole index; a single scan joins it. What
     an earlier run stored in a folder and the index lists no more stays there, and a note counts it.
     Pictures (PNG, JPEG) become picture sets instead of volumes. What a collection's classes mean, and what its
-    importer has to say, is kept in `out/collection.json`.
+    importer has to say, is kept in `out/collection.json`. A call that is refused before it has stored a scan leaves
+    nothing behind.
 
     Args:
         source: a CSV manifest, a folder with `manifest.csv`, a folder with one DICOM series, or a NIfTI file; for a
@@ -85,11 +83,7 @@ def ingest(
         StorageError: `out` is read-only or full.
     """
     source, out = Path(source), parse_place(out)
-    with storage_errors(out):
-        if isinstance(out, Path):
-            out.mkdir(parents=True, exist_ok=True)
-            _sweep(out)
-        salt = _salt(out)
+    entries: tuple[ScanEntry, ...] | None = None
     previous: tuple[IndexEntry, ...] = ()
     record = None
     if collection is not None:
@@ -98,19 +92,23 @@ def ingest(
         record["config"] = collection.model_dump(mode="json")
     elif (manifest := find_manifest(source)) is not None:
         entries = read_manifest(manifest, root)
-    else:
-        entries = (_single(source, series, salt),)
-        previous = read_index(out) if read_file(below(out, INDEX)) is not None else ()
 
     settings = IngestConfig(config, collection, reader or ReaderConfig())
     outcomes: dict[int, bool | ScanError] = {}
-    for position, outcome in _outcomes(entries, out, settings, salt, processes, progress):
-        if isinstance(outcome, SeveralSeries) and record is None and len(entries) == 1:
-            remedy = f"{outcome.remedy}; or take each for a scan with --collection dicom-folder --series every"
-            outcome = SeveralSeries(outcome.place, outcome.fault, remedy)
-        if isinstance(outcome, ScanError) and on_error == "raise":
-            raise outcome
-        outcomes[position] = outcome
+    with salted(out) as salt:
+        if isinstance(out, Path):
+            with storage_errors(out):
+                _sweep(out)
+        if entries is None:
+            entries = (_single(source, series, salt),)
+            previous = read_index(out) if read_file(below(out, INDEX)) is not None else ()
+        for position, outcome in _outcomes(entries, out, settings, salt, processes, progress):
+            if isinstance(outcome, SeveralSeries) and record is None and len(entries) == 1:
+                remedy = f"{outcome.remedy}; or take each for a scan with --collection dicom-folder --series every"
+                outcome = SeveralSeries(outcome.place, outcome.fault, remedy)
+            if isinstance(outcome, ScanError) and on_error == "raise":
+                raise outcome
+            outcomes[position] = outcome
 
     index = {(entry.hospital, entry.patient): entry for entry in previous}
     failed: list[tuple[str, str]] = []
@@ -181,27 +179,6 @@ def _single(source: Path, series: str | None, salt: bytes) -> ScanEntry:
     name = f"{source.resolve()}\n{series or ''}"
     digest = hashlib.sha256(salt + name.encode()).hexdigest()
     return ScanEntry(f"scan-{digest[:12]}", LOCAL_HOSPITAL, source, series=series)
-
-
-def _salt(out: Path | str) -> bytes:
-    """The folder's secret for pseudonyms, made whole or not at all and readable by its owner only.
-
-    In an object store whoever may read the volumes may read it.
-    """
-    if not isinstance(out, Path):
-        return create_object(str(below(out, SALT)), secrets.token_bytes(32))
-    path = out / SALT
-    if not path.exists():
-        draft = out / f"{SALT}.{process_tag()}.partial"
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(secrets.token_bytes(32))
-            with suppress(FileExistsError):  # another process was faster, and its salt counts
-                os.link(draft, path)
-        finally:
-            draft.unlink()
-    return path.read_bytes()
 
 
 def _sweep(out: Path) -> None:

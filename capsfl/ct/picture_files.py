@@ -36,16 +36,17 @@ def picture_files(folder: Path) -> tuple[Path, ...]:
         Unreadable: beside pictures there is a locked folder or a link that leads nowhere.
     """
     for path in folder.rglob("*"):  # as a rule the first file tells a DICOM folder
-        if path.is_file() and not (is_picture(path) or _is_remark(path)):
+        if path.is_file() and not (is_picture(path) or is_remark(path)):
             return ()
     tree = walk(folder)
-    found = tuple(sorted(path for path in tree.files if not _is_remark(path)))
+    found = tuple(sorted(path for path in tree.files if not is_remark(path)))
     if found and tree.unreadable:
         raise tree.unreadable[0][1]
     return found if all(map(is_picture, found)) else ()
 
 
-def _is_remark(path: Path) -> bool:
+def is_remark(path: Path) -> bool:
+    """Whether a file is hidden or named like a text that people leave beside pictures."""
     return path.name.startswith(".") or path.suffix.lower() in REMARKS
 
 

@@ -25,6 +25,9 @@ Place: TypeAlias = Path | str
 
 Read = TypeVar("Read")
 OBJECT_STORES = ("gs", "memory", "s3")
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
+"""Stores of hospitals' own have no regions; their requests are signed for one all the same."""
 RECORD = "capsfl"
 """Name of our own attributes in the group's `zarr.json`."""
 MARKER = "zarr.json"
@@ -79,6 +82,8 @@ def write_group(
     opens, and last the place's `zarr.json` is written, one object, which names the prefix. A reader sees the old group
     or the new one, and a writer that fails or is killed leaves the old one. Of two writers at one time the first to
     end wins, the other is refused; whoever wins removes what lay there before it did, killed writers' leavings too.
+    (TensorStore asks an S3 store just before it writes the marker, and not with it. Two who end within the milliseconds
+    in between may both seem to win, and leave a volume that reads as damaged.)
 
     Args:
         place: where to; missing parents are created.
@@ -342,9 +347,29 @@ def _open(
 
 
 def open_store(place: Path | str) -> tensorstore.KvStore:
-    """The keys and values below a place, as `parse_place` gives it."""
-    spec = {"driver": "file", "path": f"{place}/"} if isinstance(place, Path) else f"{place}/"
+    """The keys and values below a place, as `parse_place` gives it.
+
+    `s3://` is Amazon's service, or the one that `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` names, as for Amazon's own
+    tools: TensorStore takes the address in a specification alone.
+    """
+    if isinstance(place, Path):
+        spec: Any = {"driver": "file", "path": f"{place}/"}
+    else:
+        spec = tensorstore.KvStore.Spec(f"{place}/").to_json()
+        if spec["driver"] == "s3":
+            spec |= _s3_access()
     return tensorstore.KvStore.open(spec, context=_context()).result()
+
+
+def _s3_access() -> dict[str, Any]:
+    """Whose S3 it is and who asks, as far as the environment says so."""
+    access: dict[str, Any] = {}
+    if endpoint := next(filter(None, map(os.environ.get, ENDPOINTS)), None):
+        region = next(filter(None, map(os.environ.get, REGIONS)), "us-east-1")
+        access |= {"endpoint": endpoint.rstrip("/"), "aws_region": region}
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # no need to look for profiles and to ask the machine's own service
+        access["aws_credentials"] = {"type": "environment"}
+    return access
 
 
 @functools.cache

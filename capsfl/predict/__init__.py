@@ -1,1 +1,4 @@
-"""A trained study applied to new scans; `run` is the road, `scans` finds what to predict, `model` answers."""
+"""A trained study applied to new scans or pictures.
+
+`run` is the road, `sources` finds what to predict, `model` answers.
+"""

@@ -1,11 +1,10 @@
-"""A trained study applied to new scans: masks in each scan's own geometry, probabilities, pictures, one page.
+"""A trained study applied to new scans or pictures: masks in each scan's own geometry, probabilities, one page.
 
-one series, a NIfTI file, or a folder tree of many -> scans, one after the other -> standard volumes -> masks and
-probabilities -> back to the scan's own grid -> a folder per series, and a table, a CSV and a page of all of them
+one series, a NIfTI file, a picture, or a folder tree of many -> one after the other -> standard volumes or squares as
+the study was trained on -> masks and probabilities -> back to the scan's own grid -> a folder each, and a table, a CSV
+and a page of all of them
 """
 
-import json
-import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,21 +12,26 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from capsfl.ct.dicom_seg import SegError, require_highdicom, write_dicom_seg
 from capsfl.ct.errors import ScanError
 from capsfl.ct.export import NOTICE, write_nifti_mask, write_overlay_png
 from capsfl.ct.reader import ReaderConfig
+from capsfl.predict.console import show
 from capsfl.predict.model import Model
-from capsfl.predict.scans import Found, find_scans
+from capsfl.predict.picture_result import predict_pictures
+from capsfl.predict.pictures import FoundPictures
+from capsfl.predict.results import free_name, result_folder
+from capsfl.predict.scans import Found
+from capsfl.predict.sources import check_options, find_sources
 from capsfl.report.page import build_page
-from capsfl.report.predictions import write_summary
+from capsfl.report.predictions import OVERLAY, write_summary
 from capsfl.study import write_json
 
 Format = Literal["nifti", "seg", "png"]
+WORTH_A_WORD = 0.005
+"""Share of the lungs outside the field, below which a page that rounds to percents would say nothing."""
 
 
 def predict(
@@ -41,16 +45,18 @@ def predict(
     identified: bool = False,
     reader: ReaderConfig | None = None,
     scanner: str | None = None,
+    arm: str | None = None,
 ) -> tuple[Path, int]:
-    """Segments and classifies every series of a place with a study's own arm.
+    """Segments and classifies every series of a place, or judges every patient's pictures, with a study's own arm.
 
-    A series that cannot be used is named and left out. Results appear whole: a folder per series is renamed to its
+    What cannot be used is named and left out. Results appear whole: a folder per series or patient is renamed to its
     place when everything in it is written, then the summary of all that lie there. A folder takes the place of the same
-    scan's older result and of nothing else: where another scan's lies under the name, it gets a number.
+    source's older result and of nothing else: where another's lies under the name, it gets a number.
 
     Args:
         study: folder that `capsfl train` wrote.
-        place: a DICOM file or series, a NIfTI file, or a folder tree of many of them.
+        place: a DICOM file or series, a NIfTI file, or a folder tree of many of them; for a study of pictures a
+            picture or a folder tree of them, see `find_pictures`.
         console: for progress and the table.
         out: where results go; by default `study/predictions`, from where the page shows them.
         series: number or SeriesInstanceUID of the only series to predict.
@@ -58,34 +64,40 @@ def predict(
         identified: whether a SEG carries the patient's identity, see `write_dicom_seg`.
         reader: what the reader may mend.
         scanner: which scanner of Table II made the scans, see `Model`.
+        arm: whose models predict, see `Model`.
 
     Returns:
-        The results' folder, and how many series were left out.
+        The results' folder, and how many series or patients were left out.
 
     Raises:
-        ValueError: no study, an unfinished one, or nothing that could be predicted; the message names it.
+        ValueError: no study, an unfinished one, options of scans for a study of pictures, or nothing that the study
+            could answer for; the message names it.
     """
     wanted: Sequence[Format] = formats or ("nifti", "png", *(("seg",) if find_spec("highdicom") else ()))
     if formats is not None and "seg" in formats:
         require_highdicom()
-    model = Model(study, scanner=scanner)
-    found = list(find_scans(place, series=series, reader=reader))
+    model = Model(study, scanner=scanner, arm_name=arm)
+    check_options(model.kinds, formats, series=series, identified=identified, scanner=scanner)
     out = out or study / "predictions"
+    found = find_sources(model.kinds, place, out=out, series=series, reader=reader)
     rows, refused = [], []
     with Progress(console=console, transient=True, disable=len(found) < 2) as bar:
         for one in bar.track(found, description="predict"):
             try:
-                rows.append(predict_one(model, one, out, wanted, identified))
+                if isinstance(one, FoundPictures):
+                    rows.append(predict_pictures(model, one, out, wanted))
+                else:
+                    rows.append(predict_one(model, one, out, wanted, identified))
             except ScanError as error:
                 refused.append((one.name, str(error)))
     rows.sort(key=lambda row: row["scan"])
     if not rows:
-        raise ValueError(refused[0][1] if len(refused) == 1 else _nothing(place, refused))
+        raise ValueError(refused[0][1] if len(refused) == 1 else _nothing(place, found, refused))
     write_summary(out, _patients(model, rows), refused, study=study.resolve().name)
     if (study / "report.html").exists() and out == study / "predictions":
         build_page(study)
-    _show(rows, refused, console)
-    if formats is None and "seg" not in wanted and any(one.series is not None for one in found):
+    show(rows, refused, console)
+    if formats is None and "seg" not in wanted and any(isinstance(one, Found) and one.series for one in found):
         console.print("DICOM SEG files too: pip install 'capsfl[seg]'", markup=False, highlight=False)
     if identified and any("mask.dcm" in row["files"] for row in rows):
         console.print("mask.dcm names the patient: keep it as confidential as the scan", highlight=False)
@@ -93,11 +105,17 @@ def predict(
 
 
 def predict_one(model: Model, found: Found, out: Path, formats: Sequence[Format], identified: bool) -> dict[str, Any]:
+    """Predicts one scan, writes its folder, and returns its record.
+
+    Raises:
+        ScanError: the scan cannot be used.
+    """
     scan, slices = found.read()
     answer = model.answer(scan)
     digest = found.digest()
-    name = _free_name(out, found.name, digest)
+    name = free_name(out, found.name, digest)
     row: dict[str, Any] = {
+        "kind": "volume",
         "scan": name,
         "source": digest,
         "patient": scan.source.pseudonym,
@@ -106,17 +124,16 @@ def predict_one(model: Model, found: Found, out: Path, formats: Sequence[Format]
         "mask_ml": None,
         "threshold": None,
         "probability": None,
+        "classes": list(model.classes),
+        "outside_field": answer.outside_field,
         "files": {},
-        "remarks": [],
+        "remarks": _remarks_on_field(answer.outside_field),
         **model.facts,
         "notice": NOTICE,
     }
     if not scan.source.patient_known:
         row["remarks"].append("no usable PatientID: pooled with series of the same study alone")
-    draft = out / f".{name}.partial"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with result_folder(out, name) as draft:
         if answer.mask is not None and answer.probability is not None:
             row["mask_ml"] = float(answer.mask.sum() * np.prod(scan.spacing_mm) / 1000.0)
             assert model.config.segmentation is not None
@@ -136,45 +153,23 @@ def predict_one(model: Model, found: Found, out: Path, formats: Sequence[Format]
         if "png" in formats:
             marked = "" if row["mask_ml"] is None else f"{model.target} {row['mask_ml']:.0f} mL"
             mask = np.zeros(scan.hu.shape, bool) if answer.mask is None else answer.mask
-            write_overlay_png(draft / "overlay.png", scan, mask, title=marked)
+            write_overlay_png(draft / OVERLAY, scan, mask, title=marked, field=answer.field)
         if answer.images is not None:
             row["image_probabilities"] = answer.images.tolist()
             row["class_probabilities"] = model.judge(answer.images)
             row["probability"] = 1 - row["class_probabilities"][0]
         row["files"] = sorted(path.name for path in draft.iterdir())
         write_json(draft / "prediction.json", row)
-        _replace(draft, out / name)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return row
 
 
-def _free_name(out: Path, wanted: str, digest: str) -> str:
-    """The name under which a scan's older result lies, or the next one under which nothing does."""
-    name, turn = wanted, 1
-    while (out / name).exists() and _source_of(out / name) != digest:
-        turn += 1
-        name = f"{wanted}-{turn}"
-    return name
-
-
-def _source_of(folder: Path) -> str | None:
-    """The digest of the scan whose result a folder holds; None where it holds something else."""
-    try:
-        return json.loads((folder / "prediction.json").read_text(encoding="utf-8"))["source"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _replace(draft: Path, place: Path) -> None:
-    """Renames a folder to its place; what stood there goes first, since a folder cannot be renamed over another."""
-    old = draft.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    draft.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+def _remarks_on_field(outside: float | None) -> list[str]:
+    """What a reader of the scan must know about the part of it that the networks did not see."""
+    if outside is None:
+        return ["no lungs were found in the scan"]
+    if outside < WORTH_A_WORD:
+        return []
+    return [f"{outside:.0%} of the lungs lie outside the region that was examined: nothing there is marked or counted"]
 
 
 def _patients(model: Model, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -190,18 +185,6 @@ def _patients(model: Model, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _nothing(place: Path, refused: Sequence[tuple[str, str]]) -> str:
-    return f"{place}: none of {len(refused)} series can be used; the first: {refused[0][1]}"
-
-
-def _show(rows: Sequence[dict[str, Any]], refused: Sequence[tuple[str, str]], console: Console) -> None:
-    table = Table("scan", "slices", "marked mL", "probability", "remark", box=None, pad_edge=False)
-    for row in rows:
-        volume = "–" if row["mask_ml"] is None else f"{row['mask_ml']:.0f} {row['target']}"
-        chance = "–" if row["probability"] is None else f"{row['probability']:.3f}"
-        words = (row["scan"], str(row["slices"]), volume, chance, "; ".join(row["remarks"]))
-        table.add_row(*map(escape, words))
-    console.print(table)
-    for name, fault in refused:
-        console.print(f"[red]left out[/] {escape(name)}: {escape(fault)}", soft_wrap=True, highlight=False)
-    console.print(f"[bold]{NOTICE}[/]")
+def _nothing(place: Path, found: Sequence[Found | FoundPictures], refused: Sequence[tuple[str, str]]) -> str:
+    kind = "series" if any(isinstance(one, Found) for one in found) else "patients' pictures"
+    return f"{place}: none of {len(refused)} {kind} can be used; the first: {refused[0][1]}"

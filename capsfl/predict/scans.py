@@ -13,7 +13,7 @@ from capsfl.ct.scan import Scan
 from capsfl.ct.series import FolderListing, Series
 from capsfl.ct.slices import DicomSlice
 from capsfl.ct.walk import walk
-from capsfl.report.predictions import safe_name
+from capsfl.predict.naming import Names, beside, digest_of_files
 
 NIFTI = (".nii", ".nii.gz")
 LISTED = 20
@@ -49,26 +49,29 @@ class Found:
         can compute it, nobody else can tell whose it is.
         """
         if self.series is None or not self.series.uid:
-            return _digest_of_files((self.path,) if self.series is None else self.series.files)
+            return digest_of_files((self.path,) if self.series is None else self.series.files)
         one = self.series
         stack = one.slices[0].stack if one.slices else ""
         told = (one.uid, stack, one.plane, one.rows, one.columns, *(f"{size:.3f}" for size in one.pixel_spacing_mm))
         return hashlib.sha256("\n".join(map(str, told)).encode()).hexdigest()
 
 
-def find_scans(place: Path, *, series: str | None = None, reader: ReaderConfig | None = None) -> Iterator[Found]:
+def find_scans(
+    place: Path, *, series: str | None = None, reader: ReaderConfig | None = None, out: Path | None = None
+) -> Iterator[Found]:
     """Lists what there is to predict, what cannot be used included, each under a name of its own.
 
     Args:
         place: a DICOM file or series, a NIfTI file, or a folder tree of many of them.
         series: number or SeriesInstanceUID, or its ending, of the only series wanted.
         reader: what the reader may mend.
+        out: folder of results, whose masks are no volumes to predict.
 
     Raises:
         NoSeries: nothing there is a CT series or a NIfTI file.
         SeveralSeries: `series` does not name one of them.
     """
-    names = _Names(place)
+    names = Names(place)
     if place.name.endswith(NIFTI):
         yield Found(names.of(place), place, reader=reader)
         return
@@ -78,6 +81,7 @@ def find_scans(place: Path, *, series: str | None = None, reader: ReaderConfig |
         yield Found(names.of(_home(one)), _home(one), one, one.refusal)
         return
     volumes = [path for path in walk(place).files if path.name.endswith(NIFTI)] if place.is_dir() else []
+    volumes = beside(out, place, volumes)
     # What a series is refused for needs no second line.
     known = {id(one.refusal) for one in listing.series}
     broken = [(path, error) for path, error in listing.broken if id(error) not in known]
@@ -100,32 +104,5 @@ def _chosen(listing: FolderListing, series: str) -> Series:
     return chosen[0]
 
 
-def _digest_of_files(files: Sequence[Path]) -> str:
-    digests = []
-    for path in files:
-        with path.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
-
-
 def _home(series: Series) -> Path:
     return series.files[0].parent
-
-
-class _Names:
-    """Names from folders and files below a place; two of the same get numbers."""
-
-    def __init__(self, place: Path) -> None:
-        self._place = place
-        self._taken: set[str] = set()
-
-    def of(self, path: Path) -> str:
-        """The next free name for a folder or file."""
-        below = path.relative_to(self._place).parts if path.is_relative_to(self._place) else ()
-        wanted = safe_name("-".join(below) or self._place.resolve().name)
-        name, turn = wanted, 1
-        while name.casefold() in self._taken:
-            turn += 1
-            name = f"{wanted}-{turn}"
-        self._taken.add(name.casefold())
-        return name

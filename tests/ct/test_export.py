@@ -5,7 +5,9 @@ import numpy as np
 import pydicom
 import pytest
 from matplotlib import image as picture
+from matplotlib.axes import Axes
 
+from capsfl.ct import export
 from capsfl.ct.dicom import read_dicom
 from capsfl.ct.errors import StorageError
 from capsfl.ct.export import write_nifti_mask, write_overlay_png
@@ -99,6 +101,36 @@ def test_the_overlay_shows_the_outline_where_the_mask_is(tmp_path, write_series)
     assert red[0] > 500
     assert red[1] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["series", "with.png", "without.png"]
+
+
+def test_the_overlay_draws_the_border_of_what_was_looked_at_where_it_lies_within_the_scan(
+    tmp_path, write_series, monkeypatch
+):
+    write_series(tmp_path / "series", shape=(12, 40, 40), pixel_spacing=(5.0, 5.0))
+    scan = read_dicom(tmp_path / "series")
+    drawn: dict[int, set[tuple[tuple[float, ...], tuple[float, ...]]]] = {}
+
+    def plot(panel, x, y, **_):
+        row = panel.get_subplotspec().rowspan.start
+        drawn.setdefault(row, set()).add((tuple(map(float, x)), tuple(map(float, y))))
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    monkeypatch.setattr(export, "write_atomically", lambda path, write: None)
+    axial, coronal, sagittal = range(3)
+    beyond = np.array([[-3.0, -4.0, -7.0], [14.0, 44.0, 50.0]])
+    for field in (None, beyond):
+        write_overlay_png(tmp_path / "a.png", scan, np.zeros(scan.hu.shape, bool), field=field)
+    assert drawn == {}
+    field = np.array([[2.0, 9.5, -7.0], [14.0, 30.5, 25.5]])
+    write_overlay_png(tmp_path / "a.png", scan, np.zeros(scan.hu.shape, bool), field=field)
+    assert drawn[axial] == {
+        ((0.0, 25.5), (9.5, 9.5)),
+        ((0.0, 25.5), (30.5, 30.5)),
+        ((25.5, 25.5), (9.5, 30.5)),
+    }
+    # Slice 2 of 12 from the feet is the tenth row from the top.
+    assert drawn[coronal] == {((0.0, 25.5), (9.0, 9.0)), ((25.5, 25.5), (0.0, 9.0))}
+    assert drawn[sagittal] == {((9.5, 30.5), (9.0, 9.0)), ((9.5, 9.5), (0.0, 9.0)), ((30.5, 30.5), (0.0, 9.0))}
 
 
 def test_wrong_shapes_and_names_are_refused(tmp_path, write_series):

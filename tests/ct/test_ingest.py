@@ -14,12 +14,14 @@ import nibabel
 import numpy as np
 import pytest
 
-from capsfl.ct import errors
+from capsfl.ct import errors, salt
+from capsfl.ct import ingest as ingest_module
 from capsfl.ct.collections import CollectionConfig, read_manifest
 from capsfl.ct.ingest import MASK, ingest, read_index
 from capsfl.ct.normalize import VolumeConfig
 from capsfl.ct.reader import ReaderConfig
 from capsfl.ct.volumes import read_attributes, read_volume, write_volume
+from capsfl.ct.zarr_group import open_store
 from capsfl.workers import process_tag
 
 CONFIG = VolumeConfig(center="volume")
@@ -298,12 +300,64 @@ def test_a_salt_is_made_whole_or_not_at_all(collection, tmp_path, monkeypatch):
         patch.setattr("secrets.token_bytes", die)
         with pytest.raises(KeyboardInterrupt):
             run(collection / "dicom" / "a1", tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     run(collection / "dicom" / "a1", tmp_path / "out")
     salt = tmp_path / "out" / ".pseudonym-salt"
     assert len(salt.read_bytes()) == 32
     assert stat.S_IMODE(salt.stat().st_mode) == 0o600
     assert salt.stat().st_nlink == 1
+
+
+REFUSED = {
+    "a wrong layout": ("dicom", {"collection": CollectionConfig(name="covid-ct")}, errors.WrongLayout),
+    "no series": ("texts", {}, errors.NoSeries),
+    "no volume": ("broken.nii.gz", {}, errors.ScanError),
+    "no such row": ("manifest.csv", {}, errors.ManifestError),
+    "a series of a manifest": ("bad.csv", {}, errors.ScanError),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_leaves_nothing(collection, tmp_path, case):
+    source, options, error = REFUSED[case]
+    (collection / "texts").mkdir()
+    (collection / "texts" / "letter.txt").write_text("Dear colleague")
+    (collection / "broken.nii.gz").write_bytes(b"no volume")
+    write_manifest(collection / "manifest.csv", [HEADER, "A-1,alpha,absent,A1,1,,,,"])
+    write_manifest(collection / "bad.csv", [HEADER, "A-1,alpha,broken.nii.gz,A1,1,,,,"])
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "mine").touch()
+    for out in (tmp_path / "new" / "deep", kept, f"memory://refused/{source}"):
+        with pytest.raises(error):
+            run(collection / source, out, **options)
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in kept.rglob("*")] == ["mine"]
+    assert open_store(f"memory://refused/{source}").list().result() == []
+
+
+def test_a_salt_that_volumes_were_made_with_outlives_what_is_refused(collection, tmp_path, monkeypatch):
+    """Also where another call, which had made it and was refused, took it back meanwhile."""
+    out = tmp_path / "out"
+    stored = salt.secrets.token_bytes(32)
+    monkeypatch.setattr("secrets.token_bytes", lambda _: stored)
+    read = ingest_module._outcomes
+
+    def meanwhile(*arguments):
+        yield from read(*arguments)
+        (out / ".pseudonym-salt").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_module, "_outcomes", meanwhile)
+        run(collection / "dicom" / "a1", out)
+    assert (out / ".pseudonym-salt").read_bytes() == stored
+    with pytest.raises(errors.ScanError):
+        run(collection / "absent", out)
+    (collection / "broken.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(errors.ScanError):
+        run(collection / "broken.nii.gz", out)
+    assert (out / ".pseudonym-salt").read_bytes() == stored
+    assert len(read_index(out)) == 1
 
 
 def test_leftovers_of_killed_processes_are_swept(collection, tmp_path):

@@ -335,3 +335,20 @@ def test_a_plain_zarr_reader_reads_it(tmp_path):
     np.testing.assert_array_equal(group["valid"][5, :, 7:9], volume.valid[5, :, 7:9])
     np.testing.assert_array_equal(group["masks/lesion"][..., 69], volume.masks["lesion"][..., 69])
     assert dict(group["masks"].arrays()).keys() == {"lesion"}
+
+
+def test_the_environment_names_an_s3_store_of_one_s_own_as_it_does_for_amazon_s_tools(monkeypatch):
+    """Both names of the address, the narrower one first; nothing is looked up where the keys are given."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert "endpoint" not in zarr_group._s3_access()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000/")
+    opened = zarr_group.open_store("s3://bucket/two%20words").spec().to_json()
+    assert opened["endpoint"] == "http://127.0.0.1:9000"
+    assert (opened["bucket"], opened["path"], opened["aws_region"]) == ("bucket", "two words/", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9001")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    opened = zarr_group.open_store("s3://bucket").spec().to_json()
+    assert (opened["endpoint"], opened["aws_region"]) == ("http://127.0.0.1:9001", "eu-central-1")

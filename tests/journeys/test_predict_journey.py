@@ -178,6 +178,7 @@ def model(predicted) -> Any:
         target="lesion",
         facts={name: record[name] for name in ("arm", "models", "ledger_head", "configuration_hash")},
         algorithm=Algorithm("capsfl segcaps", "0", "0"),
+        classes=("class 0", "class 1"),
         config=SimpleNamespace(segmentation=SegmentationConfig()),
     )
 
@@ -208,6 +209,32 @@ def test_a_write_that_fails_leaves_the_older_result(model: Any, inbox: Path, tmp
     with pytest.raises(StorageError):
         predict_one(model, found, tmp_path, ("nifti", "png"), identified=False)
     assert [path.name for path in tmp_path.rglob("*")] == ["third", "prediction.json"]
+
+
+def test_a_study_of_volumes_does_not_answer_for_pictures(study, predicted, tmp_path: Path, refused):
+    place = tmp_path / "pictures"
+    place.mkdir()
+    shutil.copy(predicted[0] / "third" / "overlay.png", place)
+    message = refused("predict", study.run, place, "--out", tmp_path / "out")
+    assert message.startswith(f"{place}: pictures, whose grey values are not Hounsfield units")
+    assert "trained on volumes" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_says_how_much_of_the_lungs_was_examined(predicted):
+    out, _ = predicted
+    rows = {row["scan"]: row for row in json.loads((out / "predictions.json").read_text())["scans"]}
+    page = (out / "predictions.html").read_text()
+    assert "lungs examined" in page
+    for row in rows.values():
+        # data.field is 128 mm of 512 high and 167 of 334 wide, and the phantom's lungs are about 240 high.
+        assert 0.4 < row["outside_field"] < 0.95
+        (remark,) = (remark for remark in row["remarks"] if "of the lungs" in remark)
+        assert remark in page
+    with (out / "predictions.csv").open() as stream:
+        assert {row["outside_field"] for row in csv.DictReader(stream) if not row["fault"]} >= {
+            str(row["outside_field"]) for row in rows.values()
+        }
 
 
 def test_a_tree_without_one_good_series_is_refused_in_one_line(study, inbox: Path, tmp_path: Path, refused):
