@@ -66,6 +66,7 @@ class CohortProgram:
         dropout: the chance that a hospital's update never arrives.
         keep_updates: hands the clipped updates over one by one.
         batch_norm: what becomes of running statistics.
+        schedule: share of the local learning rate by round.
 
     Raises:
         ProcessesError: several processes, and a layout for one.
@@ -86,6 +87,7 @@ class CohortProgram:
         dropout: float = 0.0,
         keep_updates: bool = False,
         batch_norm: BatchNormRule | None = None,
+        schedule: Callable[[jax.Array], jax.Array] | None = None,
     ) -> None:
         self._parallel = config.parallel
         self._several = jax.process_count() > 1
@@ -109,7 +111,7 @@ class CohortProgram:
         layout: Any = RoundMetrics
         body = make_round(
             local_update, server_optimizer, plan, chunk=chunk, axis_name=axis, rule=rule, spread=spread, secure=secure,
-            voting=voting, dropout=dropout, keep_updates=keep_updates, batch_norm=batch_norm,
+            voting=voting, dropout=dropout, keep_updates=keep_updates, batch_norm=batch_norm, schedule=schedule,
         )  # fmt: skip
         if config.parallel == "single":
             self._run = jax.jit(body)

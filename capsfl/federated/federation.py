@@ -18,7 +18,7 @@ from capsfl.federated.batch_norm import make_batch_norm, own_statistics, start_s
 from capsfl.federated.chunks import Choice, CompiledRound, choose_chunk, unmeasured_choice
 from capsfl.federated.devices import CohortProgram, DevicesConfig, on_one_device
 from capsfl.federated.hospitals import Hospitals, HospitalSource
-from capsfl.federated.local import LocalConfig
+from capsfl.federated.local import LocalConfig, make_schedule
 from capsfl.federated.patients import plan_of_task
 from capsfl.federated.private_local import local_update_of
 from capsfl.federated.round import CohortRecords, Controls, RoundMetrics, RoundState, Setting
@@ -211,6 +211,7 @@ class Federation:
             dropout=config.aggregation.dropout,
             keep_updates=keep_updates,
             batch_norm=self._batch_norm,
+            schedule=make_schedule(config.local, rounds=config.rounds),
         )
         self._program = self._make_program(config=devices)
         self._choice = unmeasured_choice(self._program, given=devices.chunk is not None)

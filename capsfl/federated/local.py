@@ -20,7 +20,11 @@ class LocalConfig(Settings):
     optimizer: Literal["sgd", "momentum", "adam"] = "adam"
     """Local optimizer; its state starts afresh in every round."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Step size of the local optimizer."""
+    """Step size of the local optimizer, in the first round."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Step size from round to round: as it is, or falling towards zero along half a cosine, in the last of `rounds`
+    the least (Loshchilov & Hutter 2017, equation 5, without restarts). What is learned settles, as by an average over
+    the last rounds."""
     batch_size: int = Field(default=8, ge=1)
     """Records in one local step."""
     epochs: int = Field(default=1, ge=1)
@@ -51,6 +55,13 @@ def augmentation_key(key: jax.Array, step: jax.Array) -> jax.Array:
     """The key of a local step's augmentation, out of the hospital's key of the round."""
     # Orders of records and private steps are drawn from small numbers.
     return jax.random.fold_in(jax.random.fold_in(key, _AUGMENTATION), step)
+
+
+def make_schedule(config: LocalConfig, *, rounds: int) -> Callable[[jax.Array], jax.Array] | None:
+    """Builds `number of rounds before this one -> share of the learning rate`; None where the rate stays as it is."""
+    if config.schedule == "constant":
+        return None
+    return lambda before: (1 + jnp.cos(jnp.pi * before / rounds)) / 2
 
 
 def make_optimizer(config: LocalConfig, learning_rate: float | jax.Array | None = None) -> optax.GradientTransformation:

@@ -61,6 +61,7 @@ def make_round(
     dropout: float = 0.0,
     keep_updates: bool = False,
     batch_norm: BatchNormRule | None = None,
+    schedule: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[..., tuple[RoundState, RoundMetrics]]:
     """Builds the body of a round.
 
@@ -78,6 +79,7 @@ def make_round(
         dropout: the chance that a hospital trains and then is not heard of.
         keep_updates: hands the clipped updates over one by one, whose memory then grows with the cohort.
         batch_norm: what becomes of running statistics; None for a model without.
+        schedule: share of the local learning rate after so many rounds; None for all of it in every round.
 
     Returns:
         `(state, cohort, setting, key) -> (state, metrics)`. `key` is the round's key, the same on every device:
@@ -104,6 +106,7 @@ def make_round(
     ) -> tuple[RoundState, RoundMetrics]:
         local_key, noise_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         bound = setting.clip_norm if state.clip_norm is None else state.clip_norm
+        rate = setting.local_rate if schedule is None else setting.local_rate * schedule(state.round)
         arrivals = cohort.counts > 0
         if dropout > 0:
             arrivals &= _stay(cohort.hospitals, dropout, key=jax.random.fold_in(key, 5))
@@ -124,7 +127,7 @@ def make_round(
                     records,
                     count,
                     key=jax.random.fold_in(local_key, hospital),
-                    learning_rate=setting.local_rate,
+                    learning_rate=rate,
                     drift=drift,
                 )
             release_key = jax.random.fold_in(jax.random.fold_in(key, 3), hospital)
@@ -144,7 +147,7 @@ def make_round(
             if drift is not None:
                 # Option II of SCAFFOLD: c_h - c + (w_t - w_h) / (K eta); a discarded update leaves c_h alone.
                 usable = arrived & jnp.isfinite(norm)
-                pace = 1 / (jnp.maximum(result.steps, 1) * setting.local_rate)
+                pace = 1 / (jnp.maximum(result.steps, 1) * rate)
                 control = jax.tree.map(
                     lambda c_h, d, u: jnp.where(usable, -d - pace * u, c_h), own, drift, result.update
                 )

@@ -1,4 +1,4 @@
-"""Random changes of training images inside the jitted local step: turned, scaled, mirrored, noisier, windowed anew.
+"""Random changes of training images inside the jitted local step: turned, scaled, cut, mirrored, noisier, windowed.
 
 Every record is changed by a key of its own, folded from the run, the round, the hospital, the local step and the
 record's place in the hospital. What a record looks like therefore depends on no other record, and not on how many
@@ -34,6 +34,12 @@ class AugmentationConfig(Settings):
     """Largest angle, to either side, by which an image is turned in its plane."""
     scale: float = Field(default=0.0, ge=0, lt=1)
     """Largest change of size: 0.1 draws factors from 0.9 to 1.1."""
+    crop: float = Field(default=1.0, gt=0, le=1)
+    """Least share of its area that an image keeps: 0.5 draws shares from 0.5 to 1 and cuts a rectangle out at a random
+    place, which then fills the whole square (Szegedy et al. 2015, "Going deeper with convolutions", section 6)."""
+    crop_aspect: float = Field(default=1.0, ge=1, lt=4)
+    """Largest change of proportions by a cut: 1.25 draws height over width from 0.8 to 1.25. What leaves the image is
+    left out, so shares fall a little below `crop`."""
     noise_hu: float = Field(default=0.0, ge=0)
     """Largest standard deviation of Gaussian noise, in HU; each image draws its own, from 0."""
     level_hu: float = Field(default=0.0, ge=0)
@@ -67,10 +73,11 @@ def make_augment(config: AugmentationConfig, *, intensities: tuple[float, float]
     low, high = intensities
     middle = (low + high) / 2
     allowed = jnp.array([direction in config.flips for direction in DIRECTIONS])
-    moves = config.rotation_degrees > 0 or config.scale > 0
+    cuts = config.crop < 1 or config.crop_aspect > 1
+    moves = config.rotation_degrees > 0 or config.scale > 0 or cuts
 
     def augment(key: jax.Array, record: Any) -> Any:
-        flip, turn, size, shade, grain = jax.random.split(key, 5)
+        flip, turn, size, shade, grain, cut = jax.random.split(key, 6)
         plane = record.get("plane", jnp.int32(0))
         image, truth = record["image"], record.get("truth")
         if config.flips:
@@ -80,7 +87,9 @@ def make_augment(config: AugmentationConfig, *, intensities: tuple[float, float]
             most = jnp.deg2rad(config.rotation_degrees)
             angle = jax.random.uniform(turn, (), minval=-most, maxval=most)
             factor = jax.random.uniform(size, (), minval=1 - config.scale, maxval=1 + config.scale)
-            where = _origins(image.shape[:2], angle, factor, jnp.asarray(_ASPECTS, jnp.float32)[plane])
+            kept, shift = _draw_cut(cut, config) if cuts else (jnp.ones(2), jnp.zeros(2))
+            aspect = jnp.asarray(_ASPECTS, jnp.float32)[plane]
+            where = _origins(image.shape[:2], angle, factor, aspect, kept, shift)
             image = jnp.stack([_sample(channel, where) for channel in jnp.moveaxis(image, -1, 0)], axis=-1)
             truth = None if truth is None else (_sample(truth, where) >= 0.5).astype(truth.dtype)
         if config.noise_hu or config.level_hu or config.width:
@@ -116,12 +125,29 @@ def _mirror(image: jax.Array, truth: jax.Array | None, mirrored: jax.Array) -> t
     return image, truth
 
 
+def _draw_cut(key: jax.Array, config: AugmentationConfig) -> tuple[jax.Array, jax.Array]:
+    """Draws a rectangle: the shares of height and width it keeps `(2,)`, and how far its middle lies from the image's.
+
+    Shifts `(2,)` are in heights and widths. Area is uniform, proportions are uniform in their logarithm.
+    """
+    area, aspect, *place = jax.random.uniform(key, (4,))
+    area = config.crop + (1 - config.crop) * area
+    stretch = (2 * aspect - 1) * jnp.log(config.crop_aspect) / 2
+    kept = jnp.minimum(jnp.sqrt(area) * jnp.exp(jnp.stack([stretch, -stretch])), 1)
+    return kept, (jnp.stack(place) - 0.5) * (1 - kept)
+
+
 def _origins(
-    shape: tuple[int, ...], angle: jax.Array, factor: jax.Array, aspect: jax.Array
+    shape: tuple[int, ...], angle: jax.Array, factor: jax.Array, aspect: jax.Array, kept: jax.Array, shift: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Where in the image each pixel of the turned and scaled one comes from, as rows and columns `(height, width)`."""
+    """Where in the image each pixel of the changed one comes from, as rows and columns `(height, width)`.
+
+    The image is turned and scaled, and then the rectangle `kept` and `shift` of it is cut out and enlarged.
+    """
     centre = [(size - 1) / 2 for size in shape]
-    rows, columns = jnp.meshgrid(*(jnp.arange(n) - c for n, c in zip(shape, centre, strict=True)), indexing="ij")
+    rows, columns = jnp.meshgrid(
+        *((jnp.arange(n) - c) * k + n * s for n, c, k, s in zip(shape, centre, kept, shift, strict=True)), indexing="ij"
+    )
     down, right = rows * aspect / factor, columns / factor
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     return (cosine * down + sine * right) / aspect + centre[0], cosine * right - sine * down + centre[1]

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from capsfl.federated.aggregation import make_rule, make_secure_sum
 from capsfl.federated.batch_norm import make_batch_norm, own_statistics, start_statistics
 from capsfl.federated.federation import root_name
-from capsfl.federated.local import LocalResult
+from capsfl.federated.local import LocalResult, make_schedule
 from capsfl.federated.private_local import local_update_of
 from capsfl.federated.round import CohortRecords, Controls, RoundState, Setting, make_round
 from capsfl.federated.scoring import score_hospitals
@@ -119,6 +119,7 @@ class GroupProgram:
             ),
             dropout=point.training.aggregation.dropout,
             batch_norm=self._batch_norm,
+            schedule=make_schedule(point.training.local, rounds=point.training.rounds),
         )
         self._records: Any = None
         split, whole = PartitionSpec(AXIS), PartitionSpec()

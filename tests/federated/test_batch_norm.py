@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsfl.checkpoint import open_checkpoints
+from capsfl.checkpoint import Step, open_checkpoints
 from capsfl.federated import DevicesConfig, Federation, LocalConfig, RoundsConfig, federate, stack_hospitals
 from capsfl.federated.aggregation import AggregationConfig
 from capsfl.federated.robust import krum
@@ -160,7 +160,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(engines, kind, tmp_path):
     through, _ = _run(engine, 3)
     half, _ = _run(engine, 1)
     with open_checkpoints(tmp_path / "line") as checkpoints:
-        checkpoints.save(half, key=engine.key, accountant={}, ledger=b"log")
+        checkpoints.save(Step.of(half, key=engine.key, accountant={}, ledger=b"log"))
         restored = checkpoints.restore(engine.init(), key=engine.key)
     assert restored is not None
     resumed, _ = _run(engine, 2, engine.place(restored.state))

@@ -146,6 +146,56 @@ def test_turning_is_done_in_mm():
     assert np.abs(found - disc[None]).sum(axis=(1, 2)).max() < 0.12 * disc.sum()
 
 
+def places(count: int = 300) -> dict[str, np.ndarray]:
+    """Two channels that say where in the square a pixel lies: row and column, from 0 at its edge to 1."""
+    row, column = (np.mgrid[:SIDE, :SIDE] + 0.5) / SIDE
+    image = np.stack([row, column], axis=-1) - 0.5
+    return {"image": np.repeat(image[None].astype(np.float32), count, 0), "plane": np.zeros(count, np.int32)}
+
+
+def rectangles(config: AugmentationConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The first and last row and column that each cut keeps `(2, cuts)`, as shares of the square, edges included."""
+    found = augmented(config, places())["image"] + 0.5
+    row, column = found[..., SIDE // 2, 0], found[:, SIDE // 2, :, 1]
+    np.testing.assert_allclose(found[..., 0], np.broadcast_to(row[:, :, None], found.shape[:3]), atol=1e-5)
+    inner = np.stack([row, column])[..., 4:-4]  # nearest the border an image repeats itself
+    step = (inner[..., -1] - inner[..., 0]) / (SIDE - 9)
+    return inner[..., 0] - 4.5 * step, inner[..., -1] + 4.5 * step
+
+
+def test_a_cut_keeps_the_share_asked_for_of_any_place_and_never_leaves_the_image():
+    first, last = rectangles(AugmentationConfig(crop=0.25))
+    height, width = last - first
+    np.testing.assert_allclose(height, width, atol=1e-4)
+    area = height * width
+    assert 0.249 < area.min() < 0.28
+    assert 0.97 < area.max() < 1.0001
+    assert 0.58 < area.mean() < 0.67, "uniform from 0.25 to 1"
+    assert first.min() > -1e-4
+    assert last.max() < 1.0001
+    room = (first / np.maximum(1 - height, 1e-3)[None])[:, height < 0.9]
+    assert np.all(np.abs(room.mean(axis=1) - 0.5) < 0.06), "anywhere with the same chance"
+    assert np.all(room.min(axis=1) < 0.05)
+    assert np.all(room.max(axis=1) > 0.95)
+    assert abs(np.corrcoef(room)[0, 1]) < 0.2, "rows and columns apart"
+
+
+def test_a_cut_changes_proportions_by_no_more_than_asked():
+    first, last = rectangles(AugmentationConfig(crop=0.5, crop_aspect=1.5))
+    height, width = last - first
+    assert 1.4 < (height / width).max() < 1.501
+    assert 1.4 < (width / height).max() < 1.501
+    assert (height * width).min() > 0.499
+    assert max(height.max(), width.max()) < 1.0001
+
+
+def test_mask_and_image_are_cut_together():
+    batch = records(24)
+    after = augmented(AugmentationConfig(crop=0.3, crop_aspect=1.3, rotation_degrees=20.0), batch)
+    np.testing.assert_array_equal(after["truth"], after["image"][..., 0] >= 0)
+    assert (np.abs(after["truth"] - batch["truth"]).sum(axis=(1, 2)) > 5).mean() > 0.8
+
+
 def test_noise_and_window_have_the_size_asked_for_and_leave_the_clipped_alone():
     count = 200
     image = np.zeros((count, 8, 8, 1), np.float32)
@@ -178,7 +228,15 @@ def test_masked_slices_stay_black_where_nothing_is_marked():
 
 
 @pytest.mark.parametrize(
-    "values", [{"flips": ("upside-down",)}, {"rotation_degrees": -1.0}, {"scale": 1.0}, {"noise_hu": float("nan")}]
+    "values",
+    [
+        {"flips": ("upside-down",)},
+        {"rotation_degrees": -1.0},
+        {"scale": 1.0},
+        {"noise_hu": float("nan")},
+        {"crop": 0.0},
+        {"crop_aspect": 0.9},
+    ],
 )
 def test_impossible_settings_are_refused(values):
     with pytest.raises(ValidationError):

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from capsfl.arguments import parse
-from capsfl.cli import TYRO
+from capsfl.arguments import SECTIONS, parse
 from capsfl.config import StudyConfig, load_config
 from capsfl.sweeps.config import SweepConfig, load_sweep
 from capsfl.sweeps.run import share_of
@@ -23,7 +22,7 @@ def understand(words: list[str]) -> SweepConfig | StudyConfig:
     assert program == "capsfl"
     form: Any = {"sweep": SweepConfig, "train": StudyConfig}[command]
     default: Any = {"sweep": load_sweep, "train": load_config}[command](ROOT / path)
-    return parse(form, rest, prog="capsfl", default=default, config=TYRO)
+    return parse(form, rest, prog="capsfl", default=default, config=SECTIONS)
 
 
 def launch(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:

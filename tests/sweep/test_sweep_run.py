@@ -77,8 +77,8 @@ def test_a_study_is_the_run_of_its_own_configuration(finished, number):
     assert row["epsilon"] == plan_of(study.point, num_hospitals=6).epsilon(4)
 
 
-def test_caps_of_their_own_momentum_and_following_clip_norms_change_nothing(configure):
-    """Studies with different caps in one program, a server with a state, S that follows a private quantile."""
+def test_caps_of_their_own_momentum_schedules_and_following_clip_norms_change_nothing(configure):
+    """Different caps in one program, a server with a state, a rate that falls, S that follows a private quantile."""
     config = configure(
         sweep__grid=[{"field": "privacy.truncation", "values": [3, 6]}],
         sweep__seeds=[3],
@@ -86,6 +86,7 @@ def test_caps_of_their_own_momentum_and_following_clip_norms_change_nothing(conf
         privacy__noise_multiplier=0.6,
         privacy__clipping="quantile",
         training__server={"optimizer": "yogi", "learning_rate": 0.1},
+        training__local__schedule="cosine",
     )
     studies = [resolve(study, num_hospitals=6) for study in expand(config)]
     assert len({group_key(study.point, num_hospitals=6) for study in studies}) == 1
