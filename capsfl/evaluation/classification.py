@@ -157,6 +157,7 @@ def classification_results(found: Classified, controls: Controls, config: StudyC
         },
         "scores": [
             {"patient": p.name, "hospital": p.hospital, "label": p.label, "score": float(score)}
+            | ({"person": p.person} if p.person else {})
             | ({"probabilities": [float(v) for v in row]} if classes > 2 else {})
             for p, score, row in zip(patients, scores, probabilities, strict=True)
         ],
@@ -178,7 +179,9 @@ class _TwoClasses:
         return metrics.always_positive_row(self._labels)
 
     def permuted(self, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
-        return metrics.permuted_labels_row(1 - probabilities[:, 0], self._labels, seed=self._seed, threshold=threshold)
+        return metrics.permuted_labels_row(
+            1 - probabilities[:, 0], self._labels, seed=self._seed, threshold=threshold, people=self._people
+        )
 
     def calibration(self, probabilities: np.ndarray) -> dict[str, float]:
         return metrics.calibration(np.clip(1 - probabilities[:, 0], 0, 1), self._labels)
@@ -199,7 +202,9 @@ class _ManyClasses:
         return multiclass.most_frequent_row(self._labels, classes)
 
     def permuted(self, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
-        return multiclass.permuted_rows(probabilities, self._labels, threshold=threshold, seed=self._seed)
+        return multiclass.permuted_rows(
+            probabilities, self._labels, threshold=threshold, seed=self._seed, people=self._people
+        )
 
     def calibration(self, probabilities: np.ndarray) -> dict[str, float]:
         return multiclass.calibration(probabilities, self._labels)

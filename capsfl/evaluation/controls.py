@@ -10,6 +10,7 @@ from capsfl.learning import controls as untrained
 from capsfl.learning import metrics
 from capsfl.learning.classification import judge
 from capsfl.learning.logistic import fit_logistic
+from capsfl.learning.masks import dice
 from capsfl.learning.patients import Patient
 from capsfl.study import Split
 
@@ -54,7 +55,7 @@ def score_controls(split: Split, config: StudyConfig) -> Controls:
     if config.segmentation is not None:
         hu = untrained.fit_threshold(split.train)
         dices = {
-            p.key: metrics.dice(untrained.segment_by_threshold(p, hu), p.truth, missed=p.truth_outside)
+            p.key: dice(untrained.segment_by_threshold(p, hu), p.truth, missed=p.truth_outside)
             for p in split.test
             if p.truth is not None and p.is_marked
         }

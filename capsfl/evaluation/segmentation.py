@@ -12,6 +12,7 @@ from capsfl.evaluation.arrays import write_arrays
 from capsfl.evaluation.controls import ThresholdControl
 from capsfl.learning import metrics
 from capsfl.learning.fusion import fusion_to_json, learn_fusion
+from capsfl.learning.masks import dice
 from capsfl.learning.patients import Patient, people_of
 from capsfl.learning.segmentation import PLANE_THRESHOLD, Segmenter, false_positive_volume_ml
 from capsfl.study import Split
@@ -87,10 +88,8 @@ def segmentation_results(
         if patient.is_marked:
             missed = patient.truth_outside
             row["outside_field"] = missed / (missed + int(patient.truth.sum()))
-            row["fused"] = metrics.dice(fused, patient.truth, missed=missed)
-            row |= {
-                plane: metrics.dice(p >= PLANE_THRESHOLD, patient.truth, missed=missed) for plane, p in planes.items()
-            }
+            row["fused"] = dice(fused, patient.truth, missed=missed)
+            row |= {plane: dice(p >= PLANE_THRESHOLD, patient.truth, missed=missed) for plane, p in planes.items()}
         rows.append(row)
     marked = [row for row in rows if "fused" in row]
     empty = [row["false_positive_ml"] for row in rows if "fused" not in row]

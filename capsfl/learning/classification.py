@@ -120,12 +120,17 @@ def images_of(patient: Patient, config: ClassificationConfig, *, probability: np
         probability: `(z, y, x)` in [0, 1], what segmentation marked; None where nothing segments.
     """
     if patient.pictures is not None:
-        chosen = _evenly(0, len(patient.pictures.pixels), config.slices_per_scan)
+        chosen = seen_pictures(len(patient.pictures.pixels), config)
         return _squares(patient.pictures.pixels[chosen].astype(np.float32) / 255, config.side)
     if probability is not None:
         return masked_slices(patient.hu, probability, config, patient.window_hu)
     chosen = _choose_slices(patient, config)
     return _squares(np.asarray(window(patient.hu[chosen], *patient.window_hu)) + 0.5, config.side)
+
+
+def seen_pictures(count: int, config: ClassificationConfig) -> np.ndarray:
+    """Returns which of a patient's `count` pictures the classifier sees: all, or `slices_per_scan` taken evenly."""
+    return _evenly(0, count, config.slices_per_scan)
 
 
 def masked_slices(

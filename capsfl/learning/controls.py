@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from capsfl.ct.normalize import lung_mask
 from capsfl.learning.logistic import LogisticModel, fit_logistic
-from capsfl.learning.metrics import dice
+from capsfl.learning.masks import dice
 from capsfl.learning.patients import Patient
 
 DENSE_HU = -700.0

@@ -1,14 +1,13 @@
-"""Judging scores and masks on the host: every figure a result table prints, and the control rows beside it.
+"""Judging scores on the host: every figure a result table prints, and the control rows beside it.
 
 A positive call is `score >= threshold`. A figure that the data leave undefined (the AUC of one class, the
 precision of no calls) is None, never a number that could be mistaken for a result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 from scipy.stats import rankdata
 
 _RESAMPLES = 2000
@@ -270,34 +269,57 @@ def always_positive_row(labels: np.ndarray) -> dict[str, Any]:
 
 
 def permuted_labels_row(
-    scores: np.ndarray, labels: np.ndarray, seed: int = 0, *, threshold: float = 0.5
+    scores: np.ndarray,
+    labels: np.ndarray,
+    seed: int = 0,
+    *,
+    threshold: float = 0.5,
+    people: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return the mean report of the same scores against shuffled labels, the second control of a table.
 
     Means over 1,000 permutations; auc_low and auc_high hold 95 % of the permuted AUCs, so a model whose AUC
-    lies between them has shown nothing.
+    lies between them has shown nothing. With `people` labels are shuffled between them and not between scans.
     """
     scores, labels = _scored(scores, labels)
-    generator = np.random.default_rng(seed)
     ranks = rankdata(scores)
-    rows = []
-    areas = []
-    for _ in range(_PERMUTATIONS):
-        shuffled = generator.permutation(labels)
-        rows.append(threshold_figures(scores, shuffled, threshold))
-        areas.append(_auc_of_ranks(ranks, shuffled))
-    # A figure is undefined in every permutation or in none: classes and calls keep their numbers.
-    means = {key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in rows[0]}
-    defined = areas[0] is not None
+
+    def figures(shuffled: np.ndarray) -> dict[str, float | None]:
+        return {"auc": _auc_of_ranks(ranks, shuffled), **threshold_figures(scores, shuffled, threshold)}
+
     return {
-        "auc": float(np.mean(areas)) if defined else None,
-        "auc_low": float(np.quantile(areas, 0.025)) if defined else None,
-        "auc_high": float(np.quantile(areas, 0.975)) if defined else None,
-        **means,
+        **permuted_means(figures, labels, permutations=_PERMUTATIONS, seed=seed, people=people),
         "threshold": float(threshold),
         "patients": int(labels.size),
         "positives": int(labels.sum()),
     }
+
+
+def permuted_means(
+    figures: Callable[[np.ndarray], Mapping[str, float | None]],
+    labels: np.ndarray,
+    *,
+    permutations: int,
+    seed: int,
+    people: np.ndarray | None = None,
+) -> dict[str, float | None]:
+    """Return the means of a row's figures over shuffled labels, and what holds 95 % of the AUCs.
+
+    Args:
+        figures: maps labels to a row with the key "auc".
+        labels: to be shuffled.
+        permutations: number of them.
+        seed: of the shuffling.
+        people: a number for whose each row is: a person's rows stay together, all with another person's first label.
+    """
+    generator = np.random.default_rng(seed)
+    whose = np.arange(labels.size) if people is None else np.unique(people, return_inverse=True)[1]
+    first = labels[np.unique(whose, return_index=True)[1]]
+    rows = [figures(generator.permutation(first)[whose]) for _ in range(permutations)]
+    known = {key: [value for row in rows if (value := row[key]) is not None] for key in rows[0]}
+    means = {key: float(np.mean(values)) if values else None for key, values in known.items()}
+    low, high = map(float, np.quantile(known["auc"], (0.025, 0.975))) if known["auc"] else (None, None)
+    return {"auc": means["auc"], "auc_low": low, "auc_high": high, **means}
 
 
 def brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -328,65 +350,6 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, floa
     return {"brier": brier(probabilities, labels), "ece": ece(probabilities, labels)}
 
 
-def dice(prediction: np.ndarray, truth: np.ndarray, *, missed: int = 0) -> float:
-    """Return the Dice coefficient of two masks (Dice 1945); 1 where both are empty, 0 where one is.
-
-    Args:
-        prediction: mask.
-        truth: mask of the same shape.
-        missed: voxels of the truth that lie outside both arrays, false negatives whatever is predicted.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    prediction, truth = _masks(prediction, truth)
-    total = int(prediction.sum()) + int(truth.sum()) + missed
-    return 2 * int(np.sum(prediction & truth)) / total if total else 1.0
-
-
-def hd95_mm(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> float:
-    """Return the 95th percentile Hausdorff distance between the surfaces of two masks, in mm.
-
-    The larger of the two directed 95th percentiles; a surface voxel has a background face neighbour or lies
-    at the border. 0 where both masks are empty; where one is, the diagonal of the volume (as in the BraTS
-    challenge), so that a missed lesion is not left out of a mean.
-
-    Args:
-        prediction: mask.
-        truth: mask of the same shape.
-        spacing_mm: spacing along each axis, in mm.
-
-    Raises:
-        ValueError: if the shapes differ or the spacing does not fit them.
-    """
-    prediction, truth = _masks(prediction, truth)
-    if len(spacing_mm) != truth.ndim or min(spacing_mm) <= 0:
-        raise ValueError(f"spacing_mm {tuple(spacing_mm)}: expected {truth.ndim} positive distances")
-    if not prediction.any() and not truth.any():
-        return 0.0
-    if not prediction.any() or not truth.any():
-        return float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
-    return max(
-        _directed_percentile(prediction, truth, spacing_mm),
-        _directed_percentile(truth, prediction, spacing_mm),
-    )
-
-
-def volume_error_ml(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> float:
-    """Return the predicted minus the true volume of a lesion mask, in millilitres."""
-    prediction, truth = _masks(prediction, truth)
-    return (int(prediction.sum()) - int(truth.sum())) * float(np.prod(spacing_mm)) / 1000
-
-
-def _directed_percentile(source: np.ndarray, target: np.ndarray, spacing_mm: Sequence[float]) -> float:
-    distances = ndimage.distance_transform_edt(~_surface(target), sampling=spacing_mm)
-    return float(np.percentile(np.asarray(distances)[_surface(source)], 95))
-
-
-def _surface(mask: np.ndarray) -> np.ndarray:
-    return mask & np.logical_not(ndimage.binary_erosion(mask))
-
-
 def _auc_of_ranks(ranks: np.ndarray, labels: np.ndarray) -> float | None:
     positives = int(labels.sum())
     negatives = labels.size - positives
@@ -410,13 +373,6 @@ def _scored(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"labels {np.unique(labels).tolist()}: expected 0 and 1")
     return scores, labels.astype(bool)
-
-
-def _masks(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    prediction, truth = np.asarray(prediction), np.asarray(truth)
-    if prediction.shape != truth.shape:
-        raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
-    return prediction.astype(bool), truth.astype(bool)
 
 
 def _ratio(part: int, whole: int) -> float | None:

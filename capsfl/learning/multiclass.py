@@ -108,25 +108,26 @@ def most_frequent_row(labels: np.ndarray, classes: int) -> dict[str, Any]:
     return multiclass_report(np.eye(classes)[np.full(len(labels), frequent)], labels, threshold=0.5)
 
 
-def permuted_rows(probabilities: np.ndarray, labels: np.ndarray, *, threshold: float, seed: int = 0) -> dict[str, Any]:
+def permuted_rows(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    *,
+    threshold: float,
+    seed: int = 0,
+    people: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Return the mean report of the same probabilities against shuffled labels, the second control.
 
-    auc_low and auc_high hold 95 % of the permuted AUCs.
+    auc_low and auc_high hold 95 % of the permuted AUCs. With `people` labels are shuffled between them.
     """
     probabilities, labels = _checked(probabilities, labels)
-    generator = np.random.default_rng(seed)
-    areas, rows = [], []
-    for _ in range(_PERMUTATIONS):
-        shuffled = generator.permutation(labels)
-        areas.append(macro_auc(probabilities, shuffled))
-        figures = metrics.threshold_figures(1 - probabilities[:, 0], shuffled > 0, threshold)
-        rows.append(figures | _calls(probabilities, shuffled))
-    defined = areas[0] is not None
+
+    def figures(shuffled: np.ndarray) -> dict[str, float | None]:
+        ill = metrics.threshold_figures(1 - probabilities[:, 0], shuffled > 0, threshold)
+        return {"auc": macro_auc(probabilities, shuffled), **ill, **_calls(probabilities, shuffled)}
+
     return {
-        "auc": float(np.mean(areas)) if defined else None,
-        "auc_low": float(np.quantile(areas, 0.025)) if defined else None,
-        "auc_high": float(np.quantile(areas, 0.975)) if defined else None,
-        **{key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in rows[0]},
+        **metrics.permuted_means(figures, labels, permutations=_PERMUTATIONS, seed=seed, people=people),
         "threshold": float(threshold),
         "patients": int(labels.size),
         "positives": int(np.sum(labels > 0)),

@@ -1,7 +1,7 @@
 """One patient as the models see it: the standard volume cut to the field around the lungs, or pictures of the scan."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,6 +73,24 @@ def people_of(patients: Sequence[Patient]) -> np.ndarray | None:
     """The numbers of `number_people` for a bootstrap by person; None where everybody has one scan."""
     numbers = number_people(patients)
     return numbers if len(np.unique(numbers)) < len(numbers) else None
+
+
+def permute_labels(patients: Sequence[Patient], *, seed: int) -> tuple[Patient, ...]:
+    """Deals the labels anew among the people of each hospital, so that they say nothing about the scans any more.
+
+    A hospital keeps its share of every class. All labelled scans of a person get one label, that of another person's
+    first labelled scan; scans without a label stay without.
+    """
+    generator = np.random.default_rng(seed)
+    labels: dict[str, dict[tuple[str, str], int]] = {}
+    for patient in patients:
+        if patient.label is not None:
+            labels.setdefault(patient.hospital, {}).setdefault(patient.whose, patient.label)
+    dealt = {
+        hospital: dict(zip(own, generator.permutation(list(own.values())).tolist(), strict=True))
+        for hospital, own in sorted(labels.items())
+    }
+    return tuple(p if p.label is None else replace(p, label=dealt[p.hospital][p.whose]) for p in patients)
 
 
 def load_patient(

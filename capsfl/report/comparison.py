@@ -8,13 +8,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from capsfl.report import figures
 from capsfl.report.figures import Estimate
 from capsfl.report.matrix import Cell, Matrix, matrix
+from capsfl.report.paired import auc_differences
 from capsfl.report.spreads import Spread, spreads
-from capsfl.report.study import Arm, Record, Study, number_at, record_at, rows_at, text
+from capsfl.report.study import Arm, Record, Study, number_at, numbers, record_at, rows_at, text
 from capsfl.report.tables import METRIC, arm_colours
 
 MAX_SITES = 16
@@ -28,7 +30,7 @@ NORMAL_QUANTILE = 1.959964
 def comparison(study: Study) -> dict[str, Any] | None:
     """Everything of the page's section; None where there is nothing to compare."""
     lines, accuracies, colours = sensitivity_lines(study), accuracy_rows(study), arm_colours(study)
-    sites, without = [], []
+    sites, without, paired = [], [], paired_rows(study)
     for task in METRIC:
         if (table := cross_site(study, task)) is not None:
             drawing = matrix(table, quantity=NAMES[task], floor=CHANCE[task])
@@ -47,11 +49,17 @@ def comparison(study: Study) -> dict[str, Any] | None:
         "accuracy": Markup(figures.forest(accuracies, quantity="accuracy", reference=frequent_share(study)))
         if len(accuracies) > 1
         else Markup(),
+        "paired": Markup(
+            figures.differences(paired, quantity="difference of AUC", title="AUC minus that of every other training")
+        )
+        if paired
+        else Markup(),
+        "lead": lead.name if (lead := study.lead("classification")) else "",
         "sites": sites,
         "without": without,
         "partner": study.primary,
     }
-    return found if any(found[part] for part in ("sensitivity", "accuracy", "sites", "without")) else None
+    return found if any(found[part] for part in ("sensitivity", "accuracy", "paired", "sites", "without")) else None
 
 
 def is_left_out(arm: Arm) -> bool:
@@ -62,7 +70,8 @@ def is_left_out(arm: Arm) -> bool:
 def sensitivity_lines(study: Study) -> dict[str, list[Spread]]:
     """Sensitivity on validation images by round: the mean over hospitals, from the lowest to the highest.
 
-    Of hospitals that train alone, each model counts at every hospital, so that all arms are judged on the same images.
+    Of an arm with several models each counts at the hospitals it was judged at: one that a hospital trains alone at
+    that hospital, one that lacks a hospital at the others.
     """
     lines = {}
     for arm in _primary_first(study)[: figures.MAX_LINES]:
@@ -95,6 +104,34 @@ def accuracy_rows(study: Study) -> list[Estimate]:
         interval = (min(known), max(known)) if known else wilson(value, patients) if patients else (None, None)
         rows.append(Estimate(arm.name, value, *interval, colours[arm.name]))
     return rows
+
+
+def paired_rows(study: Study) -> list[Estimate]:
+    """The AUC of the leading training minus that of every other one that judged the same patients, by arm."""
+    lead, colours = study.lead("classification"), arm_colours(study)
+    judged = {} if lead is None else _judged(lead)
+    others = {arm.name: rows for arm in study.arms if arm is not lead and (rows := _judged(arm))}
+    others = {name: rows for name, rows in others.items() if rows.keys() == judged.keys()}
+    if not others:
+        return []
+    people = [text(row.get("person")) or "/".join(key) for key, row in judged.items()]
+    found = auc_differences(
+        np.array([_probabilities(row) for row in judged.values()]),
+        {name: np.array([_probabilities(rows[key]) for key in judged]) for name, rows in others.items()},
+        np.array([int(number_at(row, "label") or 0) for row in judged.values()]),
+        people=np.unique(people, return_inverse=True)[1],
+    )
+    return [Estimate(name, *difference, colours[name]) for name, difference in found.items()]
+
+
+def _judged(arm: Arm) -> dict[tuple[str, str], Record]:
+    rows = rows_at(arm.results, "classification", "scores")
+    return {(text(row.get("hospital")), text(row.get("patient"))): row for row in rows}
+
+
+def _probabilities(row: Record) -> Sequence[float]:
+    score = number_at(row, "score") or 0.0
+    return numbers(row.get("probabilities")) or [1 - score, score]
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:

@@ -219,8 +219,23 @@ def forest(rows: Sequence[Estimate], *, quantity: str, reference: float | None =
         return svg(figure, f"{quantity} of every arm and control")
 
 
-def draw_forest(axes: Axes, rows: Sequence[Estimate], *, reference: float | None = None) -> None:
-    """Draw `forest` on given axes."""
+def differences(rows: Sequence[Estimate], *, quantity: str, title: str) -> str:
+    """Draw signed differences from top to bottom around a dashed zero, with their intervals."""
+    reach = max((abs(end) for row in rows for end in (row.value, row.low, row.high) if end is not None), default=0.0)
+    reach = max(1.1 * reach, 0.05)
+    with style():
+        figure, axes = canvas(288, 40 + 19 * len(rows))
+        draw_forest(axes, rows, reference=0.0, written="{:+.3f}")
+        axes.set_xlim(-reach, reach)
+        axes.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
+        axes.set_xlabel(quantity)
+        return svg(figure, title)
+
+
+def draw_forest(
+    axes: Axes, rows: Sequence[Estimate], *, reference: float | None = None, written: str = "{:.3f}"
+) -> None:
+    """Draw `forest` on given axes; `written` is the form of the values."""
     if reference is not None:
         axes.axvline(reference, color=LIGHT["muted"], linewidth=0.8, linestyle=(0, (2, 3)))
     for place, row in enumerate(rows):
@@ -228,7 +243,7 @@ def draw_forest(axes: Axes, rows: Sequence[Estimate], *, reference: float | None
         if row.low is not None and row.high is not None:
             axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2, alpha=0.55)
         axes.plot(row.value, place, "o", color=colour, markersize=5)
-        axes.text(1.02, place, f"{row.value:.3f}", transform=axes.get_yaxis_transform(), va="center")
+        axes.text(1.02, place, written.format(row.value), transform=axes.get_yaxis_transform(), va="center")
     axes.set_yticks(range(len(rows)), [plain(row.name) for row in rows])
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_color(LIGHT["muted" if row.colour == "muted" else "ink"])

@@ -29,6 +29,7 @@ MEANINGS = {
     "federated": "records stay, updates travel",
     "private": "federated, clipped and noised",
     "leave-one-out": "each hospital judged by the others, averaged",
+    "permuted": "trained on shuffled labels: chance, or something leaks",
 }
 
 METRIC = {"segmentation": "dice", "classification": "auc"}
@@ -78,28 +79,42 @@ def compare(study: Study, task: str) -> Comparison | None:
         return None
     metric = METRIC[task]
     controls = _controls(lead, task)
-    scored = [row for row in controls if number_at(row.values, metric) is not None]
-    best = max(scored, key=lambda row: number_at(row.values, metric) or 0.0, default=None)
+    best = _best(controls, metric)
     ceiling = number_at(best.values, metric) if best else None
     lead_value = number_at(lead.results, task, "overall", metric)
 
     rows = []
     for arm in study.arms:
         overall = record_at(arm.results, task, "overall")
+        left_out = text(arm.results.get("partition")) == "leave-one-out"
+        # Whoever is judged on patients of one hospital is held against the controls on the same patients.
         if overall:
             kind = "primary" if arm is lead else "arm"
-            margin = _difference(number_at(overall, metric), ceiling)
-            rows.append(Row(arm.name, kind, MEANINGS.get(arm.name, ""), overall, margin))
-        for member in record_at(arm.results, "members"):
-            values = record_at(arm.results, "members", member, task, "overall")
+            own = _ceiling(arm.results, task) if left_out else ceiling
+            rows.append(
+                Row(arm.name, kind, MEANINGS.get(arm.name, ""), overall, _difference(number_at(overall, metric), own))
+            )
+        for name, member in record_at(arm.results, "members").items():
+            values = record_at(member, task, "overall")
             if values:
-                margin = _difference(number_at(values, metric), ceiling)
-                note = "left out" if text(arm.results.get("partition")) == "leave-one-out" else "alone"
-                rows.append(Row(member, "member", note, values, margin))
+                own = _ceiling(member, task) if left_out else ceiling
+                margin = _difference(number_at(values, metric), own)
+                rows.append(Row(name, "member", "left out" if left_out else "alone", values, margin))
     for row in controls:
         margin = _difference(lead_value, number_at(row.values, metric))
         rows.append(Row(row.name, "control", row.note, row.values, margin))
     return Comparison(task, lead.name, rows, best)
+
+
+def _best(controls: Sequence[Row], metric: str) -> Row | None:
+    scored = [row for row in controls if number_at(row.values, metric) is not None]
+    return max(scored, key=lambda row: number_at(row.values, metric) or 0.0, default=None)
+
+
+def _ceiling(results: Record, task: str) -> float | None:
+    """What the best of the controls reaches that were judged on the patients of these results."""
+    found = record_at(results, task, "controls")
+    return max((v for name in found if (v := number_at(found, name, METRIC[task])) is not None), default=None)
 
 
 def _controls(arm: Arm, task: str) -> list[Row]:

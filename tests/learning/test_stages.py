@@ -24,7 +24,7 @@ from capsfl.learning.controls import (
     leak_features,
     segment_by_threshold,
 )
-from capsfl.learning.metrics import dice
+from capsfl.learning.masks import dice
 from capsfl.learning.patients import Patient, central_field
 from capsfl.learning.segmentation import (
     SegmentationConfig,

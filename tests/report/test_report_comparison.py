@@ -1,14 +1,17 @@
 """Trainings side by side: every figure is the one that was recorded, and says what its interval is."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from capsfl.report import build_page, comparison
+from capsfl.learning import metrics
+from capsfl.report import build_page, comparison, tables
 from capsfl.report.study import Study, read_study
 
 WriteStudy = Callable[..., Path]
@@ -117,3 +120,50 @@ def test_a_study_of_one_arm_without_rounds_has_no_such_section(tmp_path: Path, w
     (place / "federated/metrics.jsonl").unlink()
     assert comparison.comparison(read_study(place)) is None
     assert "Side by side" not in build_page(place).read_text()
+
+
+def test_the_leading_training_is_held_against_the_others_on_the_same_patients(folder: Path, tmp_path: Path):
+    place = Path(shutil.copytree(folder, tmp_path / "study"))
+
+    def blur(table: Any) -> None:
+        for number, row in enumerate(table["classification"]["scores"]):
+            row["score"] = 0.4 * row["score"] + 0.6 * (number * 7 % 72) / 72
+
+    edit(place / "local/results.json", blur)
+    own, other = (
+        [
+            [row["score"], row["label"]]
+            for row in json.loads((place / arm / "results.json").read_text())["classification"]["scores"]
+        ]
+        for arm in ("federated", "local")
+    )
+    row, *others = comparison.paired_rows(read_study(place))
+    assert not others, "an arm with the same scores cannot be told apart"
+    expected = [metrics.auc(*(np.array(column) for column in zip(*arm, strict=True))) or 0 for arm in (own, other)]
+    assert row.name == "local"
+    assert row.value == pytest.approx(expected[0] - expected[1])
+    assert row.low is not None
+    assert 0 < row.low < row.value
+    assert "<h3>federated against each other training</h3>" in build_page(place).read_text()
+
+    # Of other patients there is no difference.
+    edit(place / "local/results.json", lambda table: table["classification"]["scores"].pop())
+    assert comparison.paired_rows(read_study(place)) == []
+
+
+def test_a_hospital_left_out_is_held_against_the_controls_on_its_own_patients(folder: Path, tmp_path: Path):
+    place = Path(shutil.copytree(folder, tmp_path / "study"))
+
+    def set_controls(table: Any) -> None:
+        for number, name in enumerate("ABC"):
+            controls = table["members"][name]["classification"]["controls"]
+            controls["dense lung fraction"]["auc"] = 0.55 + 0.2 * number
+        table["classification"]["controls"] = {"dense lung fraction": {"auc": 0.75}}
+
+    edit(place / "leave-one-out/results.json", set_controls)
+    compared = tables.compare(read_study(place), "classification")
+    assert compared is not None
+    margins = {
+        row.name: row.margin for row in compared.rows if row.note.startswith(("left out", "each hospital judged"))
+    }
+    assert margins == pytest.approx({"leave-one-out": -0.05, "A": 0.05, "B": -0.05, "C": -0.15})
