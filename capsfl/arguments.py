@@ -2,8 +2,9 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -12,6 +13,9 @@ from pydantic import ValidationError
 from capsfl.settings import explain
 
 T = TypeVar("T")
+
+SECTIONS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+"""How the sections of a configuration become options: by their dotted names, switches with True or False."""
 
 
 class ArgumentsError(ValueError):
@@ -45,6 +49,47 @@ def parse(form: type[T], words: Sequence[str], *, prog: str, **options: Any) -> 
             name = section[1] if section and section[1] != form.__name__ else ""
             raise ArgumentsError(explain(invalid, prog, section=name)) from None
         raise ArgumentsError(f"{prog}: {_sentence(lines)}; see `{prog} --help`") from None
+
+
+def parse_config(
+    words: Sequence[str],
+    load: Callable[[Path, Sequence[str]], T],
+    *,
+    prog: str,
+    noun: str,
+    blank: Any,
+    example: str,
+) -> T:
+    """Reads `CONFIG.toml [--dotted.name VALUE ...]`: the file's values, and over them those of the options.
+
+    Args:
+        words: the words after the command's name.
+        load: reads the file, knowing the words after it.
+        prog: the command.
+        noun: what it runs.
+        blank: what --help shows where no file is named before it.
+        example: a file to begin with.
+
+    Raises:
+        ArgumentsError: no file is named, or as `parse` does.
+    """
+    if words and words[0] in ("-h", "--help"):
+        description = f"Run or resume a {noun}; a CONFIG.toml before --help shows its own values as defaults."
+        return parse(
+            type(blank), words[:1], prog=f"{prog} CONFIG.toml", description=description, default=blank, config=SECTIONS
+        )
+    if not words or words[0].startswith("-"):
+        raise ArgumentsError(f"{prog}: name a configuration first, such as {example}")
+    path, *changes = words
+    default = load(Path(path), changes)
+    return parse(
+        type(default),
+        changes,
+        prog=f"{prog} {Path(path)}",
+        description=f"Run or resume the {noun} of {Path(path)}; defaults below are the file's values.",
+        default=default,
+        config=SECTIONS,
+    )
 
 
 def _text_lines(panel: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from capsfl.audit_consensus import check_rules, check_statements
-from capsfl.checkpoint import CheckpointError, read_clip_norm, read_parameters, tensor_leaves
+from capsfl.checkpoint import CheckpointError, read_clip_norm, read_parameters, read_step, tensor_leaves
 from capsfl.config import ArmConfig, StudyConfig
 from capsfl.digests import file_digests
 from capsfl.ledger.canonical import MAX_BYTES, decimal
@@ -27,7 +27,7 @@ from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.patient_plan import PatientLoss, Stage
 from capsfl.privacy.plan import PrivacyPlan
 from capsfl.recording import manifest_place
-from capsfl.study import load_study_config, study_hospitals
+from capsfl.study import StudyFolderError, load_study_config, study_hospitals
 
 
 def run_places(study: Path, config: StudyConfig) -> list[tuple[ArmConfig, str]]:
@@ -39,6 +39,19 @@ def run_places(study: Path, config: StudyConfig) -> list[tuple[ArmConfig, str]]:
         else:
             found.append((arm, arm.name))
     return found
+
+
+def choose_run(study: Path, config: StudyConfig, name: str | None) -> tuple[ArmConfig, str]:
+    """One of a study's runs by its place, `arm` or `arm/hospital`; None is the study's own arm, the first.
+
+    Raises:
+        StudyFolderError: no run has that name; lists those there are.
+    """
+    places = run_places(study, config)
+    for arm, place in places:
+        if name in (None, place):
+            return arm, place
+    raise StudyFolderError(f"arm = {name}: {study} has {', '.join(place for _, place in places)}")
 
 
 def chain_of(config: StudyConfig, place: str) -> str:
@@ -93,6 +106,9 @@ def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head:
             return None
         return read_whole(manifest, MAX_BYTES), file_digests(step / str(record.round))
 
+    def recompute_contents(record: RoundRecord) -> str:
+        return read_step(folder / "checkpoints" / record.task, record.round).digest
+
     findings = verify(
         place,
         recompute_leaves=recompute_leaves,
@@ -100,6 +116,7 @@ def audit_run(folder: Path, config: StudyConfig, *, chain_id: str, witness_head:
         configuration_hash=config.digest(),
         witness_head=witness_head,
         recompute_manifest=recompute_manifest,
+        recompute_contents=recompute_contents,
     )
     consensus = [*check_rules(records, config), *check_statements(records, history.index, config)]
     sequence = check_sequence(records, config)

@@ -83,6 +83,9 @@ class ArmConfig(Settings):
     """Replaces privacy.expected_patients."""
     model: NetworkConfig | None = None
     """Replaces classification.model, so that networks can be compared on the same split with the same budget."""
+    labels: Literal["true", "permuted"] = "true"
+    """Permuted trains on labels dealt anew among the people of each hospital, and judges by the true ones: a control
+    that has to come out at chance, or something but the disease tells the classes apart."""
 
     @property
     def federates(self) -> bool:

@@ -15,9 +15,10 @@ KERNELS = sorted((ROOT / "kernels" / "capsfl_kernels").rglob("*.py"))
 # From the command line down to what needs nobody. A part imports itself and the parts after it, never one before.
 LAYERS = (
     ("cli",),
+    ("commands",),
     ("export",),
-    ("train", "predict", "doctor", "bench", "ledger_command"),
-    ("sweeps",),
+    ("train", "predict", "doctor", "bench"),
+    ("sweeps", "training"),
     ("evaluation", "audit", "report"),
     ("recording", "audit_consensus"),
     ("study", "checkpoint", "curves"),
@@ -40,6 +41,9 @@ MAY_NOT = {
     "learning": {"ledger", "federated"},
     "report": {"federated", "learning", "models", "checkpoint", "train", "privacy"},
 }
+
+LIGHT = "audit, bench, doctor, epsilon, export, ingest, ledger, predict, report, verify"
+"""Commands that understand their words before anything heavy is loaded."""
 
 
 def name_of(path: Path) -> str:
@@ -135,7 +139,8 @@ def test_there_is_no_drawer_for_everything():
 @pytest.mark.parametrize(
     ("statement", "without"),
     [
-        ("import capsfl.cli", {"jax", "numpy", "orbax", "pydicom", "matplotlib"}),
+        ("import capsfl.cli", {"jax", "numpy", "orbax", "pydicom", "matplotlib", "pydantic", "tyro"}),
+        (f"from capsfl.commands import {LIGHT}", {"jax", "numpy", "orbax", "pydicom", "matplotlib", "tensorstore"}),
         ("import capsfl.ledger", {"jax", "numpy", "cryptography"}),
         ("import capsfl.ct.ingest, capsfl.ct.phantom", {"jax", "flax", "orbax"}),
         ("import capsfl.report", {"jax", "flax", "orbax", "tensorstore"}),

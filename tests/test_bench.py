@@ -15,7 +15,8 @@ from capsfl_kernels import block_sizes
 
 from capsfl.bench import BENCHMARKS, machine, operators, page, roofline, routing, tuning, work
 from capsfl.bench.measuring import alternate, cold_compilation, compile_timed, run_timed
-from capsfl.bench.peer import Peer, PeerError
+from capsfl.bench.peer_process import PeerError
+from capsfl.bench.torch_peer import TorchPeer
 from capsfl.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +180,7 @@ def test_a_peer_whose_results_differ_or_that_dies_is_no_peer(tmp_path):
     python.write_text(FAKE.format(python=sys.executable))
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     skipped: list[dict[str, str]] = []
-    with Peer(python, 1) as peer:
+    with TorchPeer(python, 1) as peer:
         sitting = routing._Sitting("dynamic_routing", DENSE, "small", False, peer, True)
         rows = sitting.measure(skipped)
         assert {row["implementation"] for row in rows} == {"reference", "streamed"}
@@ -192,7 +193,7 @@ def test_a_peer_whose_results_differ_or_that_dies_is_no_peer(tmp_path):
 
 def test_an_interpreter_without_torch_is_named(tmp_path):
     with pytest.raises(PeerError, match="/false cannot import torch and numpy"):
-        Peer(Path("/bin/false"), 1)
+        TorchPeer(Path("/bin/false"), 1)
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -7,7 +7,7 @@ import pytest
 
 from capsfl.bench import ingest, page
 from capsfl.bench.ingest import Contestant, IngestBench
-from capsfl.bench.peer import PeerError
+from capsfl.bench.peer_process import PeerError
 from capsfl.cli import main
 
 
@@ -60,7 +60,7 @@ def test_a_library_that_is_absent_or_fails_is_told_in_a_line(tmp_path):
     with Contestant("capsfl", sys.executable) as ours:
         ours.start(tmp_path / "series", tmp_path / "out", {"center": [0, 0, 0]})
         with pytest.raises(PeerError, match=r"NoSeries: .*empty"):
-            ours.finish()
+            ours.answer()
 
 
 def test_a_series_that_is_not_there_is_refused_before_anything_runs(tmp_path):

@@ -102,6 +102,9 @@ def test_the_plain_network_has_as_many_weights_as_the_capsules():
     weights = count_weights(nnx.eval_shape(lambda: EfficientCapsNet(config, rngs=nnx.Rngs(0))))
     plain = count_weights(nnx.eval_shape(lambda: plain_of_size(weights, rngs=nnx.Rngs(0))))
     assert abs(plain - weights) < 0.005 * weights
+    large = nnx.eval_shape(lambda: plain_of_size(11_227_904, rngs=nnx.Rngs(0)))
+    assert abs(count_weights(large) - 11_227_904) < 0.005 * 11_227_904
+    assert large.hidden.out_features < 1500, "convolutions take the weights, not one hidden layer"
     assert count_weights(
         nnx.eval_shape(lambda: EfficientCapsNet(EfficientCapsNetConfig.mnist(), rngs=nnx.Rngs(0)))
     ) == (161_824)

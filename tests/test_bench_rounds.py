@@ -13,6 +13,7 @@ import pytest
 from capsfl.bench import page, round_peers, round_problems, round_process, rounds
 from capsfl.bench.machine import write_result
 from capsfl.bench.measuring import Sample
+from capsfl.bench.peer_process import PeerError
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +86,16 @@ def test_a_peer_runs_rounds_and_one_of_other_work_is_none(monkeypatch, tmp_path)
     with round_process.RoundPeer("torch", 1) as peer:
         assert (peer.version, peer.run()) == ("0.0", Sample(2.0, 3.0))
     monkeypatch.setenv("CAPSFL_PEER_TORCH", str(make_peer(tmp_path, loss=2.4)))
-    with pytest.raises(round_process.RoundPeerError, match=r"not the same work: its loss after three rounds is 2\.4"):
+    with pytest.raises(PeerError, match=r"not the same work: its loss after three rounds is 2\.4"):
         round_process.RoundPeer("torch", 1)
 
 
 def test_a_peer_that_is_not_there_or_dies_is_named(monkeypatch):
     monkeypatch.delenv("CAPSFL_PEER_PFL", raising=False)
-    with pytest.raises(round_process.RoundPeerError, match="CAPSFL_PEER_PFL names no interpreter"):
+    with pytest.raises(PeerError, match="CAPSFL_PEER_PFL names no interpreter"):
         round_process.RoundPeer("pfl", 1)
     monkeypatch.setenv("CAPSFL_PEER_PFL", "/bin/false")
-    with pytest.raises(round_process.RoundPeerError, match="CAPSFL_PEER_PFL: its process has ended"):
+    with pytest.raises(PeerError, match="CAPSFL_PEER_PFL: its process has ended"):
         round_process.RoundPeer("pfl", 1)
 
 

@@ -17,7 +17,7 @@ from capsfl.learning.segmentation import SegmentationConfig, Segmenter
 from capsfl.learning.tasks import Task
 from capsfl.privacy.plan import PrivacyConfig
 from capsfl.study import Split
-from capsfl.train import check_before_training
+from capsfl.training.checks import check_before_training
 
 SHAPE = (8, 16, 16)
 PLANES = ("xy", "xz")

@@ -12,7 +12,8 @@ from capsfl.evaluation import average_members
 from capsfl.learning.patients import Patient
 from capsfl.privacy.plan import PrivacyConfig
 from capsfl.study import Split
-from capsfl.train import check_before_training, plan_of_run, plan_runs
+from capsfl.training.checks import check_before_training
+from capsfl.training.run import plan_of_run, plan_runs
 
 ARM = ArmConfig(name="without", partition="leave-one-out")
 

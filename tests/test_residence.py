@@ -6,7 +6,7 @@ import pytest
 from capsfl.config import ArmConfig, DataConfig, SegmentationStage, StudyConfig
 from capsfl.ct.phantom import PhantomConfig
 from capsfl.federated import Hospitals, StoredHospitals
-from capsfl.train import Run
+from capsfl.training.run import Run
 
 
 def study(residence: str, *, scaffold: bool = False) -> StudyConfig:

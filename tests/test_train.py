@@ -21,7 +21,8 @@ from capsfl.ledger.records import RoundRecord, parameters_root
 from capsfl.privacy.events import PrivacyError
 from capsfl.privacy.plan import PrivacyConfig
 from capsfl.study import Split
-from capsfl.train import check_before_training, plan_of_run, plan_runs
+from capsfl.training.checks import check_before_training
+from capsfl.training.run import plan_of_run, plan_runs
 
 
 def patient(name: str, hospital: str, *, label: int | None = 1, masked: bool = True, level: float = 0.0) -> Patient:
@@ -135,10 +136,10 @@ def test_patients_of_one_name_in_two_hospitals_are_kept_apart():
     "error",
     [
         PrivacyError("cohort", 5, "at most 3"),
-        StorageError("full", path=None),
+        StorageError("full"),
         LockedError("held"),
         DamageError("bad", height=3),
-        Divergence("differs", task="a", round=1, leaf="w"),
+        Divergence("differs"),
     ],
     ids=lambda error: type(error).__name__,
 )

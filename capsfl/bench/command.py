@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capsfl.bench import BENCHMARKS, page, roofline
+from capsfl.bench import page, roofline
 from capsfl.bench.machine import results_folder, write_result
+from capsfl.bench.pages.routing import describe_roofs
+from capsfl.bench.pages.section import format_markdown
 
 
 @dataclass(frozen=True)
@@ -61,31 +63,24 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def list_benchmarks() -> None:
-    """Says what there is to measure."""
-    width = max(map(len, BENCHMARKS))
-    for name, text in BENCHMARKS.items():
-        print(f"capsfl bench {name:<{width}}  {text}")
-    print("\nEach has its own --help.")
-
-
 def print_tables(result: dict[str, Any]) -> None:
     """Prints the tables of a result; as Markdown where rich is not installed."""
+    section = page.SECTIONS[result["benchmark"]]
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        for table in page.tables(result):
-            print(f"{table.title}\n\n{page.format_markdown(table)}\n")
+        for table in section.tables(result):
+            print(f"{table.title}\n\n{format_markdown(table, section.numbers)}\n")
         return
     console = Console()
     console.print(page.describe_machine(result["machine"]), highlight=False)
     if result["benchmark"] == "routing":
-        console.print(page.describe_roofs(result), highlight=False)
-    for table in page.tables(result):
+        console.print(describe_roofs(result), highlight=False)
+    for table in section.tables(result):
         shown = Table(title=f"\n{table.title}", title_justify="left", box=None, pad_edge=False, title_style="bold")
         for name in table.columns:
-            shown.add_column(name, justify="right" if name in page.NUMBERS else "left")
+            shown.add_column(name, justify="right" if name in section.numbers else "left")
         for words in table.rows:
             shown.add_row(*words)
         console.print(shown)

@@ -1,9 +1,7 @@
 """DICOM series to standard volumes: slices a second and memory, MONAI and SimpleITK doing the same beside it."""
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,7 +16,7 @@ import numpy as np
 from capsfl.bench.ingest_process import CONTESTANTS
 from capsfl.bench.machine import describe
 from capsfl.bench.measuring import Sample, alternate, ratio
-from capsfl.bench.peer import PeerError, read_reply
+from capsfl.bench.peer_process import PeerError, PeerProcess
 from capsfl.ct.dicom import read_dicom
 from capsfl.ct.normalize import VolumeConfig, standardize
 from capsfl.ct.phantom import SCANNERS, PhantomConfig, acquire, patient
@@ -80,7 +78,7 @@ def measure(options: IngestBench, *, say: Callable[[str], None]) -> dict[str, An
     }
 
 
-class Contestant:
+class Contestant(PeerProcess):
     """A process that turns series into volumes when asked; use it as a context manager.
 
     Args:
@@ -96,36 +94,11 @@ class Contestant:
         command = [python, str(script), name]
         if name == "capsfl":
             command = [python, "-m", "capsfl.bench.ingest_process", name]
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, **dict.fromkeys(ONE_THREAD, "1")},
-            )
-        except OSError as error:
-            raise PeerError(f"{python}: {error.strerror}") from None
-        self.name = name
-        try:
-            self.version = self.finish()["version"]
-        except PeerError:
-            self.close()
-            raise
-
-    def __enter__(self) -> "Contestant":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
+        super().__init__(command, environment={**os.environ, **dict.fromkeys(ONE_THREAD, "1")})
+        self.version = self.first_answer()["version"]
 
     def start(self, series: Path, out: Path, grid: dict[str, Any], **wanted: bool) -> None:
-        """Has one series turned into a volume; `finish` waits for it.
+        """Has one series turned into a volume; `answer` waits for it and tells of the run.
 
         Args:
             series: folder.
@@ -136,21 +109,8 @@ class Contestant:
         Raises:
             PeerError: it cannot; the message says why.
         """
-        request = {"series": str(series), "out": str(out), "grid": grid, "memory": False, "check": False, **wanted}
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise PeerError("its process has ended") from None
-
-    def finish(self) -> dict[str, Any]:
-        """What the process tells of its run.
-
-        Raises:
-            PeerError: it could not; the message says why.
-        """
-        return read_reply(self._process)
+        plain = {"memory": False, "check": False}
+        self.send(series=str(series), out=str(out), grid=grid, **(plain | wanted))
 
 
 def _series(options: IngestBench, work: Path) -> dict[str, Path]:
@@ -222,7 +182,7 @@ def _run_team(team: list[Contestant], folder: Path, *, work: Path, grid: dict[st
     """One series in every process at once."""
     for number, process in enumerate(team):
         process.start(folder, work / f"out of {number}", grid, **wanted)
-    return [process.finish() for process in team]
+    return [process.answer() for process in team]
 
 
 def _run_timed(run: Callable[..., list[dict[str, Any]]], folder: Path) -> Sample:

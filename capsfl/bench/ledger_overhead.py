@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import jax
@@ -40,10 +40,12 @@ def measure_overhead(*, quick: bool, say: Callable[[str], None]) -> list[dict[st
 
     Returns:
         A row per way to decide: wall seconds of a round alone, with its record made beside the next round, and of the
-        record by itself with its processor seconds. `overhead` compares the first two, round by round in turns.
+        record by itself with its processor seconds. `overhead` compares the first two, round by round in turns, with
+        quartiles; `cpu_share` is what the record takes of the processor seconds of a round, which a busy machine
+        changes less.
     """
     problem = _dense_problem() if quick else segcaps_problem(width=1.0)
-    rounds = 2 if quick else 7
+    rounds = 2 if quick else 25
     config = RoundsConfig(local=problem.local, rounds=1000)
     rows = []
     for decided in ("owner", "members"):
@@ -54,7 +56,7 @@ def measure_overhead(*, quick: bool, say: Callable[[str], None]) -> list[dict[st
         with tempfile.TemporaryDirectory() as place, one_behind() as behind:
             ledger, keys = _found(Path(place), problem.hospitals.names, members=decided == "members")
             state, report = federation.step(federation.init())
-            alone, recorded, records = [], [], []
+            alone, recorded, records, computing = [], [], [], []
 
             def record(
                 state: RoundState, report: RoundReport, ledger: Ledger = ledger, keys: Any = keys, to: list = records
@@ -69,15 +71,19 @@ def measure_overhead(*, quick: bool, say: Callable[[str], None]) -> list[dict[st
             for _ in range(rounds):
                 for times, with_record in ((alone, False), (recorded, True)):
                     # The record of the round before is made while this one computes.
-                    start, before = time.perf_counter(), (state, report)
+                    start, cpu, before = time.perf_counter(), time.process_time(), (state, report)
                     if with_record:
                         behind(record, *before)
                     state, report = federation.step(state)
                     if with_record:
                         behind(lambda: None)
                     times.append(time.perf_counter() - start)
+                    if not with_record:
+                        computing.append(time.process_time() - cpu)
             behind(lambda: None)
             ledger.close()
+        grown = [after / before - 1 for before, after in zip(alone, recorded, strict=True)]
+        low, _, high = quantiles(grown, n=4, method="inclusive")
         rows.append(
             {
                 "decided": decided,
@@ -85,9 +91,12 @@ def measure_overhead(*, quick: bool, say: Callable[[str], None]) -> list[dict[st
                 "rounds": rounds,
                 "round_wall_s": median(alone),
                 "recorded_round_wall_s": median(recorded),
-                "overhead": median(after / before for before, after in zip(alone, recorded, strict=True)) - 1,
+                "round_cpu_s": median(computing),
+                "overhead": median(grown),
+                "overhead_quartiles": [low, high],
                 "record_wall_s": median(wall for wall, _ in records),
                 "record_cpu_s": median(cpu for _, cpu in records),
+                "cpu_share": median(cpu for _, cpu in records) / median(computing),
             }
         )
         say(f"ledger beside a round, decided by {decided}")

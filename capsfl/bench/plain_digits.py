@@ -19,16 +19,17 @@ class PlainDigits(nnx.Module):
 
     Args:
         hidden: units of the hidden layer.
+        width: factor on the convolutions' channels.
         rngs: of the weights.
     """
 
-    def __init__(self, hidden: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, hidden: int, *, width: int = 1, rngs: nnx.Rngs) -> None:
         self.image_shape = (None, None, 1)
-        before = (1, *CHANNELS[:-1])
-        stages = list(zip(before, CHANNELS, KERNELS, STRIDES, strict=True))
+        widths = [width * channels for channels in CHANNELS]
+        stages = list(zip((1, *widths[:-1]), widths, KERNELS, STRIDES, strict=True))
         self.convs = nnx.List([Conv(a, b, k, strides=s, padding="VALID", rngs=rngs) for a, b, k, s in stages])
-        self.norms = nnx.List([nnx.BatchNorm(channels, epsilon=1e-3, rngs=rngs) for channels in CHANNELS])
-        self.hidden = nnx.Linear(CHANNELS[-1], hidden, rngs=rngs)
+        self.norms = nnx.List([nnx.BatchNorm(channels, epsilon=1e-3, rngs=rngs) for channels in widths])
+        self.hidden = nnx.Linear(widths[-1], hidden, rngs=rngs)
         self.out = nnx.Linear(hidden, 10, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
@@ -48,7 +49,17 @@ def count_weights(network: Any) -> int:
 
 
 def plain_of_size(weights: int, *, rngs: nnx.Rngs) -> PlainDigits:
-    """Builds the plain network whose number of weights is nearest to another's."""
-    bare = count_weights(nnx.eval_shape(lambda: PlainDigits(1, rngs=nnx.Rngs(0))))
-    per_unit = count_weights(nnx.eval_shape(lambda: PlainDigits(2, rngs=nnx.Rngs(0)))) - bare
-    return PlainDigits(max(1, 1 + round((weights - bare) / per_unit)), rngs=rngs)
+    """Builds the plain network whose number of weights is nearest to another's.
+
+    Its convolutions are as wide as fits, and the hidden layer takes what is left: a hidden layer alone would grow to
+    tens of thousands of units on a hundred features, and such a network would be an easy rival.
+    """
+
+    def count(hidden: int, width: int) -> int:
+        return count_weights(nnx.eval_shape(lambda: PlainDigits(hidden, width=width, rngs=nnx.Rngs(0))))
+
+    width = 1
+    while count(1, width + 1) <= weights:
+        width += 1
+    bare = count(1, width)
+    return PlainDigits(max(1, 1 + round((weights - bare) / (count(2, width) - bare))), width=width, rngs=rngs)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from capsfl.bench import round_peers
 from capsfl.bench.machine import describe
 from capsfl.bench.measuring import Sample, alternate, cold_compilation, ratio, run_timed
+from capsfl.bench.peer_process import PeerError
 from capsfl.bench.round_problems import Problem, count_flops, make_problem
-from capsfl.bench.round_process import CHECK_LOSS, PEERS, TOLERANCE, RoundPeer, RoundPeerError
+from capsfl.bench.round_process import CHECK_LOSS, PEERS, TOLERANCE, RoundPeer
 from capsfl.federated.devices import DevicesConfig
 from capsfl.federated.federation import Federation, RoundsConfig
 from capsfl.privacy.plan import PrivacyConfig
@@ -66,7 +67,7 @@ def measure(options: RoundsBench, *, say: Callable[[str], None]) -> dict[str, An
                 try:
                     peer = stack.enter_context(RoundPeer(name, options.threads))
                     peer.run()
-                except RoundPeerError as error:
+                except PeerError as error:
                     skipped.append({"implementation": name, "reason": f"{error}; it needs: {needed}"})
                     continue
                 rows[name] = {"version": peer.version, "check_loss": peer.check_loss}

@@ -23,7 +23,8 @@ from capsfl.bench.measuring import (
     run_timed,
 )
 from capsfl.bench.operators import OPERATORS, STORED, Operator
-from capsfl.bench.peer import VARIANTS, Peer, PeerError
+from capsfl.bench.peer_process import PeerError
+from capsfl.bench.torch_peer import VARIANTS, TorchPeer
 
 PASSES = {False: "forward", True: "forward + backward"}
 
@@ -118,7 +119,7 @@ class _Sitting:
     """One case and pass: everything that can run it is prepared, then run in turns."""
 
     def __init__(
-        self, name: str, operator: Operator, case_name: str, gradient: bool, peer: Peer | None, quick: bool
+        self, name: str, operator: Operator, case_name: str, gradient: bool, peer: TorchPeer | None, quick: bool
     ) -> None:
         self.name, self.operator, self.case_name, self.gradient = name, operator, case_name, gradient
         self.case = (operator.quick if quick else operator.cases)[case_name]
@@ -179,7 +180,7 @@ class _Sitting:
         self.facts[implementation]["difference_from_stored"] = self._difference(found)
         self.runs[implementation] = lambda: run_timed(lambda: compiled.call(*self.arrays))
 
-    def _prepare_peer(self, peer: Peer | None, variant: str) -> None:
+    def _prepare_peer(self, peer: TorchPeer | None, variant: str) -> None:
         assert peer is not None
         votes = 4 * self.operator.votes(self.case)
         if votes > PEER_VOTES_BYTES:
@@ -228,10 +229,10 @@ class _TooLarge(Exception):
 
 
 @contextlib.contextmanager
-def _peer(options: RoutingBench, skipped: list[dict[str, str]]) -> Iterator[Peer | None]:
+def _peer(options: RoutingBench, skipped: list[dict[str, str]]) -> Iterator[TorchPeer | None]:
     """The torch process, or None with the reason noted."""
     try:
-        peer = Peer(options.peer_python, options.threads)
+        peer = TorchPeer(options.peer_python, options.threads)
     except PeerError as error:
         if options.peer_python is not None:
             raise ValueError(f"peer-python: {error}") from None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from capsfl.ct.normalize import window
-from capsfl.learning.metrics import dice
+from capsfl.learning.masks import dice
 from capsfl.learning.patients import Patient
 
 NAMES = {"segcaps": "SegCaps", "unet": "U-Net", "unet++": "U-Net++"}

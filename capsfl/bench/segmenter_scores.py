@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from capsfl.learning.metrics import dice, hd95_mm, volume_error_ml
+from capsfl.learning.masks import dice, hd95_mm, volume_error_ml
 from capsfl.learning.patients import Patient
 
 GOAL_MARGIN = 0.01

@@ -1,4 +1,4 @@
-"""Fully connected capsules in torch, run by a Python of its own; `capsfl.bench.peer` speaks to it.
+"""Fully connected capsules in torch, run by a Python of its own; `capsfl.bench.torch_peer` speaks to it.
 
 Requests and answers are one JSON object a line on standard input and output. It imports nothing of this
 project, so that interpreter needs torch and numpy alone.

@@ -14,7 +14,7 @@ from capsfl.ct.normalize import LUNG_WINDOW, SCANNER_WINDOWS
 
 _USE = {
     "segmentation": "marks {target} on {planes} slices of standard CT volumes",
-    "classification": "gives the class probabilities of images of a patient, whose mean judges the patient",
+    "classification": "gives the class probabilities of images of a patient; {judged}",
 }
 
 
@@ -70,7 +70,9 @@ def model_card(
         "## Intended use",
         "",
         *(
-            f"- {m.task}: {_USE[m.task].format(target=_target(config), planes=_planes(config))} ({m.network})."
+            f"- {m.task}: "
+            + _USE[m.task].format(target=_target(config), planes=_planes(config), judged=_judged(config))
+            + f" ({m.network})."
             for m in models
         ),
         "- Meant for: research on federated training; comparison with other models on the same data.",
@@ -140,6 +142,14 @@ def _planes(config: StudyConfig) -> str:
     names = {"xy": "axial", "yz": "sagittal", "xz": "coronal"}
     planes = () if config.segmentation is None else config.segmentation.planes
     return ", ".join(names[plane] for plane in planes)
+
+
+def _judged(config: StudyConfig) -> str:
+    stage = config.classification
+    if stage is None:
+        return ""
+    few = "image" if stage.top_slices == 1 else f"mean over the {stage.top_slices} images"
+    return f"of at most {stage.slices_per_scan} a patient, the {few} least like class 0 judges the patient"
 
 
 def _source(config: StudyConfig) -> str:

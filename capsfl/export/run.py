@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from capsfl.audit import run_places
+from capsfl.audit import choose_run
 from capsfl.checkpoint import latest_parameters, named_arrays, tensor_leaves
 from capsfl.config import StudyConfig
 from capsfl.export.card import CardModel, model_card
@@ -26,14 +26,15 @@ from capsfl.models.planes import plane_axes
 from capsfl.study import load_study_config, study_kinds
 
 
-def export_models(study: Path, out: Path) -> Path:
-    """Writes the weights, the programs and the card of a finished study's first arm.
+def export_models(study: Path, out: Path, *, arm_name: str | None = None) -> Path:
+    """Writes the weights, the programs and the card of a finished arm of a study.
 
     Everything is written beside `out` and renamed to it, so that it is whole or not there.
 
     Args:
         study: folder that `capsfl train` wrote.
         out: a folder that does not exist yet, or is empty.
+        arm_name: whose models, as `choose_run` takes it; by default the study's own arm, its first.
 
     Returns:
         `out`, which then holds `MODEL_CARD.md` and for each task `weights.safetensors`, `network.json` and programs.
@@ -45,7 +46,7 @@ def export_models(study: Path, out: Path) -> Path:
     if missing := [name for name in ("safetensors", "flatbuffers") if find_spec(name) is None]:
         raise ExportError(f"capsfl export: needs {' and '.join(missing)}; pip install 'capsfl[export]'")
     config = load_study_config(study)
-    arm, place = run_places(study, config)[0]
+    arm, place = choose_run(study, config, arm_name)
     run, config = study / place, config.arm(arm)
     if not (run / "results.json").exists():
         raise ExportError(f"{run}: no results.json; let `capsfl train` finish first")

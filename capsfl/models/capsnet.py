@@ -11,6 +11,7 @@ from jax import Array
 from jax import numpy as jnp
 from pydantic import Field, model_validator
 
+from capsfl.models.convolution import smallest_side
 from capsfl.models.layers import Conv, DenseCapsules, PrimaryCapsules, capsule_lengths
 from capsfl.settings import Settings
 
@@ -98,19 +99,22 @@ class CapsNetConfig(Settings):
     def primary_size(self) -> int:
         """Return height and width of the primary layer's output, in positions; less than 1 does not fit."""
         size = self.image_size
-        stages = [(self.conv_kernel, self.conv_stride), (self.primary_kernel, self.primary_stride)]
-        if self.hidden is not None:
-            stages.insert(1, self.hidden[1:])
-        for kernel, stride in stages:
+        for kernel, stride in self._stages():
             size = (size - kernel) // stride + 1
             if size < 1:
                 return 0
         return size
 
+    def _stages(self) -> list[tuple[int, int]]:
+        """Kernel and stride of every convolution, primary capsules included."""
+        hidden = [] if self.hidden is None else [self.hidden[1:]]
+        return [(self.conv_kernel, self.conv_stride), *hidden, (self.primary_kernel, self.primary_stride)]
+
     @model_validator(mode="after")
     def _image_fits(self) -> "CapsNetConfig":
         if self.primary_size() < 1:
-            raise ValueError(f"image_size {self.image_size} is smaller than the kernels need; use a larger image")
+            smallest = smallest_side(self._stages())
+            raise ValueError(f"image_size {self.image_size}: {self.name} needs at least {smallest} pixels a side")
         return self
 
 

@@ -37,6 +37,14 @@ def convolve(images: Array, kernel: Array, *, strides: int = 1, padding: str = "
     )
 
 
+def smallest_side(stages: Sequence[tuple[int, int]]) -> int:
+    """Side in pixels of the smallest image that unpadded convolutions, as `(kernel, stride)`, leave a position of."""
+    side = 1
+    for kernel, stride in reversed(stages):
+        side = (side - 1) * stride + kernel
+    return side
+
+
 def max_pool(images: Array, size: int = 2) -> Array:
     """Keep the largest of every `size` x `size` pixels of `(batch, height, width, channels)`.
 

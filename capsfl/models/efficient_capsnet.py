@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from pydantic import Field, model_validator
 
 from capsfl.models.capsnet import CapsNetOutput, Decoder
+from capsfl.models.convolution import smallest_side
 from capsfl.models.layers import Conv, SelfAttentionCapsules, capsule_lengths
 from capsfl.settings import Settings
 
@@ -53,7 +54,11 @@ class EfficientCapsNetConfig(Settings):
 
     norm: Literal["batch", "group"] = "batch"
     """What follows each convolution. Batch normalisation is published; its statistics tie the examples of a
-    batch to each other, which per-example clipping does not allow, nor does a federated round carry them."""
+    batch to each other, which clipping by example or by patient does not allow."""
+
+    batch_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Share of batch normalisation's running statistics that a step keeps. The default, that of the authors' code,
+    needs hundreds of steps to forget where it began; federated rounds of a few steps want 0.9."""
 
     primary_dim: Size = 8
     """Dimension of a primary capsule; it divides the channels of the last convolution."""
@@ -100,7 +105,8 @@ class EfficientCapsNetConfig(Settings):
     @model_validator(mode="after")
     def _sizes_fit(self) -> "EfficientCapsNetConfig":
         if self.primary_size() < 1:
-            raise ValueError(f"image_size {self.image_size} is smaller than the kernels need; use a larger image")
+            smallest = smallest_side(list(zip(self.conv_kernels, self.conv_strides, strict=True)))
+            raise ValueError(f"image_size {self.image_size}: {self.name} needs at least {smallest} pixels a side")
         if self.conv_channels[-1] % self.primary_dim:
             raise ValueError(f"primary_dim {self.primary_dim} does not divide conv_channels {self.conv_channels[-1]}")
         return self
@@ -115,7 +121,7 @@ class EfficientCapsNet(nnx.Module):
         stages = zip(before, config.conv_channels, config.conv_kernels, config.conv_strides, strict=True)
         conv = partial(Conv, padding="VALID", rngs=rngs)
         self.convs = nnx.List([conv(into, out, size, strides=stride) for into, out, size, stride in stages])
-        self.norms = nnx.List([_norm(config.norm, channels, rngs) for channels in config.conv_channels])
+        self.norms = nnx.List([_norm(config, channels, rngs) for channels in config.conv_channels])
         channels = config.conv_channels[-1]
         self.primary = DepthwiseCapsules(config.primary_size(), channels, config.primary_dim, rngs=rngs)
         self.digit = SelfAttentionCapsules(
@@ -187,7 +193,7 @@ class DepthwiseCapsules(nnx.Module):
         return squash(outputs.reshape(outputs.shape[0], -1, self.out_dim), kind="exponential")
 
 
-def _norm(kind: Literal["batch", "group"], channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm | nnx.GroupNorm:
-    if kind == "batch":
-        return nnx.BatchNorm(channels, epsilon=_NORM_EPSILON, rngs=rngs)
+def _norm(config: EfficientCapsNetConfig, channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm | nnx.GroupNorm:
+    if config.norm == "batch":
+        return nnx.BatchNorm(channels, momentum=config.batch_momentum, epsilon=_NORM_EPSILON, rngs=rngs)
     return nnx.GroupNorm(channels, gcd(channels, _NORM_GROUPS), epsilon=_NORM_EPSILON, rngs=rngs)

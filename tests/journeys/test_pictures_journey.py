@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from PIL import Image
 
 from capsfl.audit import audit_study
 from capsfl.learning.classification import ClassificationConfig
+from capsfl.ledger.chain import Ledger
 from capsfl.ledger.verify import Status
-from capsfl.predict.model import Model
 from capsfl.study import load_study_config
 from capsfl.sweeps.problems import StudyProblem, build
 
@@ -63,6 +64,10 @@ conv_channels = [4, 4, 4, 8]
 primary_dim = 4
 digit_dim = 4
 reconstruction = false
+
+[[arms]]
+name = "permuted"
+labels = "permuted"
 
 [[arms]]
 name = "leave-one-out"
@@ -134,14 +139,82 @@ def test_a_hospital_that_was_left_out_is_judged_by_the_others_alone(pictured: Pa
     assert "AUC of a hospital that was not there" in (pictured / "report.html").read_text()
 
 
-def test_it_does_not_answer_for_scans(pictured: Path):
-    with pytest.raises(ValueError, match=r"run: trained on pictures, whose grey values are not Hounsfield units"):
-        Model(pictured)
+def test_new_pictures_are_judged_as_the_test_patients_were(pictured: Path, tmp_path: Path, here):
+    """The test patients' pictures as if they were new: every probability is the one that the study scored."""
+    source = pictured.parent
+    with (source / "manifest.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["split"] == "test"]
+    for row in rows:
+        folder = tmp_path / "inbox" / row["patient"]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / row["image"], folder)
+    shutil.copy(source / rows[0]["image"], tmp_path / "inbox" / "alone.png")
+    (tmp_path / "inbox" / "P18" / "slice.dcm").write_bytes(b"a slice of a scan")
+    out = tmp_path / "out"
+    answer = here("predict", pictured, tmp_path / "inbox", "--out", out, expect=3)
+    assert "not for clinical use" in answer.out
+    assert "left out P18-other-files: " in answer.out
+    scores = json.loads((pictured / "federated/results.json").read_text())["classification"]["scores"]
+    judged = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/prediction.json")}
+    assert judged.keys() == {"alone", *(row["patient"] for row in scores)}
+    for row in scores:
+        assert judged[row["patient"]]["class_probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
+    assert len({len(row["pictures"]) for row in judged.values()}) == 2, "patients with one picture and with two"
+    with Ledger.open(pictured / "federated" / "ledger") as ledger:
+        head, last = ledger.blocks()[-1].hash().hex(), ledger.rounds()[-1]
+    page = (out / "predictions.html").read_text()
+    for row in judged.values():
+        assert row["ledger_head"] == head
+        assert row["models"]["classification"]["digest"] == last.parameters_digest
+    for words in (head, last.parameters_digest, "not for clinical use", "7 patients, by pictures", "class 2"):
+        assert words in page
+    assert page.count("data:image/jpeg;base64,") == 7
+
+
+def test_it_does_not_answer_for_scans(pictured: Path, phantom: Path, tmp_path: Path, refused):
+    for place, words in (
+        (phantom / "hospital-A" / "A-002", "no picture among"),
+        (phantom / "masks" / "A-002.nii.gz", "not a picture"),
+    ):
+        assert place.exists()
+        message = refused("predict", pictured, place, "--out", tmp_path / "out")
+        assert message.startswith(f"{place}: {words}")
+        assert "trained on pictures, whose grey values are not Hounsfield units, so it cannot judge CT scans" in message
+    assert "series = 1: of CT scans" in refused("predict", pictured, phantom, "--series", "1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_arm_can_judge_and_be_taken_away(pictured: Path, tmp_path: Path, here, refused):
+    picture = pictured.parent / "20-0.png"
+    probabilities = {}
+    for arm in ("efficient", "permuted", "leave-one-out/A"):
+        here("predict", pictured, picture, "--out", tmp_path / "out", "--arm", arm)
+        (record,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/prediction.json"))
+        shutil.rmtree(tmp_path / "out")
+        assert record["arm"] == arm
+        probabilities[arm] = tuple(record["class_probabilities"])
+    assert len(set(probabilities.values())) == 3
+    here("export", pictured, tmp_path / "models", "--arm", "efficient")
+    assert "(efficient_capsnet)" in (tmp_path / "models" / "MODEL_CARD.md").read_text()
+    arms = "federated, efficient, permuted, leave-one-out/A, leave-one-out/B"
+    assert refused("export", pictured, tmp_path / "other", "--arm", "x") == f"arm = x: {pictured} has {arms}"
+    assert f"arm = local: {pictured} has {arms}" in refused("predict", pictured, picture, "--arm", "local")
+
+
+def test_a_network_that_learnt_shuffled_labels_is_judged_by_the_true_ones(pictured: Path):
+    own, other = (
+        json.loads((pictured / arm / "results.json").read_text())["classification"] for arm in ("federated", "permuted")
+    )
+    assert [row["label"] for row in own["scores"]] == [row["label"] for row in other["scores"]]
+    assert own["scores"] != other["scores"]
+    page = (pictured / "report.html").read_text()
+    assert "trained on shuffled labels" in page
+    assert "federated against each other training" in page
 
 
 def test_its_ledgers_verify(pictured: Path):
     found = audit_study(pictured)
-    assert found.keys() == {"federated", "efficient", "leave-one-out/A", "leave-one-out/B"}
+    assert found.keys() == {"federated", "efficient", "permuted", "leave-one-out/A", "leave-one-out/B"}
     assert not [f for findings in found.values() for f in findings if f.status is Status.FAILED]
 
 

@@ -12,7 +12,7 @@ from capsfl.ct.dicom import read_dicom
 from capsfl.ct.ingest import MASK
 from capsfl.ct.normalize import lung_mask
 from capsfl.ct.volumes import read_volume
-from capsfl.learning.metrics import dice
+from capsfl.learning.masks import dice
 
 pytestmark = pytest.mark.journey
 

@@ -135,5 +135,5 @@ def test_impossible_shapes_are_named(tiny):
 @pytest.mark.parametrize("size", [16, 24, 28])
 def test_image_smaller_than_the_kernels_is_refused(size):
     assert CapsNetConfig.ct(image_size=29).primary_size() == 1
-    with pytest.raises(ValueError, match=f"image_size {size} is smaller than the kernels need"):
+    with pytest.raises(ValueError, match=f"image_size {size}: capsnet needs at least 29 pixels a side"):
         CapsNetConfig.ct(image_size=size)

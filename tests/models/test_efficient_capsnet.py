@@ -150,8 +150,9 @@ def test_training_fits_upright_and_lying_bars(norm):
 
 
 def test_impossible_sizes_and_shapes_are_named():
-    with pytest.raises(ValueError, match="image_size 8 is smaller than the kernels need"):
-        EfficientCapsNetConfig(image_size=8)
+    with pytest.raises(ValueError, match="image_size 10: efficient_capsnet needs at least 11 pixels a side"):
+        EfficientCapsNetConfig(image_size=10)
+    assert EfficientCapsNetConfig(image_size=11).primary_size() == 1
     with pytest.raises(ValueError, match="primary_dim 5 does not divide conv_channels 128"):
         EfficientCapsNetConfig(image_size=28, primary_dim=5)
     model = _shapes(_tiny())

@@ -29,7 +29,11 @@ def _loss(model: Any, batch: Any) -> jax.Array:
 
 @pytest.mark.torture
 @pytest.mark.parametrize(("name", "norm"), ALL if TORTURE else CHEAP)
-def test_a_network_steps_alike_vmapped_and_scanned(name, norm):
+def test_a_network_steps_alike_vmapped_and_scanned(name, norm, monkeypatch):
+    # Sums in another order differ in the last bit, and where an input lies on the kink of a ReLU that bit decides a
+    # whole unit. Without kinks what is left is that bit, made larger by normalising batches of two tens of times over.
+    for kinked in ("relu", "relu6"):
+        monkeypatch.setattr(jax.nn, kinked, jax.nn.silu)
     side = SIDES[name]
     config = parse_network({"name": name, "image_size": side, "norm": norm, "hidden": 8})
     task = make_task("zoo", build_network(config, rngs=nnx.Rngs(0)), _loss)
@@ -59,6 +63,5 @@ def test_a_network_steps_alike_vmapped_and_scanned(name, norm):
         for weights in (task.parameters, *(state.parameters for state in states))
     )
     assert np.linalg.norm(scanned - before) > 0
-    # Of the step, not of the weights, which the step hardly changes. Sums in another order differ in the last bit,
-    # which normalising batches of two images tens of times over makes larger: 0.3 % in MobileNet.
-    assert np.linalg.norm(vmapped - scanned) <= 2e-2 * np.linalg.norm(scanned - before)
+    # Of the step, not of the weights, which the step hardly changes.
+    assert np.linalg.norm(vmapped - scanned) <= 1e-3 * np.linalg.norm(scanned - before)

@@ -1,10 +1,7 @@
 """The same routing in torch, in a process beside ours that runs only when it is asked to."""
 
 import importlib.util
-import json
 import os
-import selectors
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,37 +12,12 @@ import jax
 import numpy as np
 
 from capsfl.bench.measuring import Sample
+from capsfl.bench.peer_process import PeerError, PeerProcess
 
 VARIANTS = {"torch eager": False, "torch.compile": True}
-TIMEOUT_S = 300.0
 
 
-class PeerError(Exception):
-    """The peer cannot do what was asked; the message says why."""
-
-
-def read_reply(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """Waits for the line of JSON that a process answers with.
-
-    Raises:
-        PeerError: it is silent for too long, has ended, or tells of an error.
-    """
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as waiting:
-        waiting.register(process.stdout, selectors.EVENT_READ)
-        if not waiting.select(TIMEOUT_S):
-            process.kill()  # it would answer an old question later
-            raise PeerError(f"no answer within {TIMEOUT_S:.0f} s")
-    line = process.stdout.readline()
-    if not line:
-        raise PeerError("its process has ended, perhaps for want of memory")
-    reply = json.loads(line)
-    if "error" in reply:
-        raise PeerError(reply["error"])
-    return reply
-
-
-class Peer:
+class TorchPeer(PeerProcess):
     """A process with torch; use it as a context manager.
 
     Args:
@@ -57,39 +29,24 @@ class Peer:
     """
 
     def __init__(self, python: Path | None, threads: int) -> None:
-        self._process = None
         given = python or (Path(place) if (place := os.environ.get("CAPSFL_PEER_PYTHON")) else None)
         if given is None and importlib.util.find_spec("torch") is None:
             raise PeerError("torch is not installed here; give --peer-python PATH, or set CAPSFL_PEER_PYTHON")
         script = Path(__file__).with_name("torch_einsum.py")
         command = [str(given or sys.executable), str(script), str(threads)]
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-        except OSError as error:
-            raise PeerError(f"{command[0]}: {error.strerror}") from None
+        super().__init__(command)
         self._folder = tempfile.TemporaryDirectory(prefix="capsfl-bench-")
         try:
-            told = self._read()
+            told = self.first_answer()
         except PeerError as error:
-            self.close()
             raise PeerError(f"{command[0]} cannot import torch and numpy ({error})") from None
         self.version = told["torch"]
         self.device = "cuda" if told["cuda"] and jax.default_backend() == "gpu" else "cpu"
 
-    def __enter__(self) -> "Peer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._folder.cleanup()
+        super().close()
+        self._folder.cleanup()
 
     def prepare(
         self, variant: str, arrays: Sequence[Any], *, num_iters: int, gradient: bool
@@ -131,15 +88,5 @@ class Peer:
         self._ask(do="forget", name=variant)
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise PeerError("its process has ended") from None
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process is not None
-        return read_reply(self._process)
+        self.send(**request)
+        return self.answer()

@@ -93,7 +93,7 @@ class WitnessCommand:
     """Hospital id of the witness that must have signed."""
 
 
-def ledger(words: Sequence[str]) -> int:
+def run(words: Sequence[str]) -> int:
     """Runs one of the ledger's commands; exit code 1 where a ledger or proof does not hold."""
     if not words or words[0] in ("-h", "--help"):
         print("capsfl ledger show|prove|check|export|witness; each has its own --help.")
