@@ -114,6 +114,8 @@ def test_routing_writes_what_it_prints_and_the_ratios_are_those_of_its_rows(caps
 
 
 @pytest.mark.journey
+@pytest.mark.torture
+@pytest.mark.skipif("CAPSFL_TORTURE" not in os.environ, reason="half a minute of compiling: make torture")
 def test_a_step_of_segcaps_has_the_gradient_of_stored_votes(capsys, tmp_path):
     code, out, err = run(capsys, "segcaps", "--quick", "--devices", "--out", str(tmp_path), "--json")
     assert code == 0, err

@@ -117,11 +117,16 @@ def replace(path: Path, data: bytes) -> None:
     draft = path.with_name(f"{path.name}.new")
     with surfaced(draft), suppress(FileNotFoundError):
         os.unlink(draft)  # left by a crash, or a link put there
-    with open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-        _write_all(descriptor, data)
-        os.fsync(descriptor)
-    with surfaced(path):
-        os.replace(draft, path)
+    try:
+        with open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+        with surfaced(path):
+            os.replace(draft, path)
+    except StorageError:
+        with suppress(OSError):
+            os.unlink(draft)  # half of a file is nobody's, and on a full disk it is in the way
+        raise
     sync_folder(path.parent)
 
 

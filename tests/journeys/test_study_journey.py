@@ -167,7 +167,7 @@ def test_a_rollback_shows_against_a_head_kept_elsewhere(study, study_copy: Path,
 def test_files_written_again_are_a_warning_which_strict_does_not_let_pass(study_copy: Path, here):
     (study_copy / "federated/checkpoints/segmentation/1/note.txt").write_text("by somebody")
     answer = here("verify", study_copy)
-    assert "warning: file note.txt is not as it was written, though every tensor agrees" in answer.out
+    assert "warning: file note.txt is not as it was written, though all that it holds agrees" in answer.out
     assert "strict" in here("verify", study_copy, "--strict", expect=1).out
 
 
