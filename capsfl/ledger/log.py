@@ -52,6 +52,7 @@ def parse(stream: BinaryIO, committed: int | None) -> tuple[History, int, Damage
             fault = DamageError(f"block {height}: {torn}", height=height) if lost else None
         except DamageError as error:
             fault = error
+            fault.height = height  # a block that claims another version does not know its own
         except LedgerError as error:
             fault = DamageError(f"block {height}: {error}", height=height)
         return history, end, fault

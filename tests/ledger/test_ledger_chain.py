@@ -94,6 +94,8 @@ def test_every_block_with_a_byte_changed_under_a_right_checksum_is_refused_at_it
     chance = random.Random(2)
     for height, payload in enumerate(original):
         positions = range(len(payload)) if _TORTURE else chance.sample(range(len(payload)), 4)
+        if height in (0, 2):  # the version's own digit is where another error is raised
+            positions = [*positions, payload.index(b"block.v") + len(b"block.v")]
         for position in positions:
             changed = bytearray(payload)
             changed[position] ^= 1 << chance.randrange(8)
