@@ -84,6 +84,7 @@ def measure_overhead(*, quick: bool, say: Callable[[str], None]) -> list[dict[st
             ledger.close()
         grown = [after / before - 1 for before, after in zip(alone, recorded, strict=True)]
         low, _, high = quantiles(grown, n=4, method="inclusive")
+        round_cpu_s, record_cpu_s = median(computing), median(cpu for _, cpu in records)
         rows.append(
             {
                 "decided": decided,
@@ -91,12 +92,12 @@ def measure_overhead(*, quick: bool, say: Callable[[str], None]) -> list[dict[st
                 "rounds": rounds,
                 "round_wall_s": median(alone),
                 "recorded_round_wall_s": median(recorded),
-                "round_cpu_s": median(computing),
+                "round_cpu_s": round_cpu_s,
                 "overhead": median(grown),
                 "overhead_quartiles": [low, high],
                 "record_wall_s": median(wall for wall, _ in records),
-                "record_cpu_s": median(cpu for _, cpu in records),
-                "cpu_share": median(cpu for _, cpu in records) / median(computing),
+                "record_cpu_s": record_cpu_s,
+                "cpu_share": record_cpu_s / round_cpu_s,
             }
         )
         say(f"ledger beside a round, decided by {decided}")

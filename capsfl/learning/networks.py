@@ -14,10 +14,10 @@ from jax import Array
 from pydantic import Discriminator, Tag
 
 from capsfl.learning.losses import cross_entropy, margin_loss, reconstruction_loss
+from capsfl.models import zoo
 from capsfl.models.capsnet import CapsNet, CapsNetConfig, CapsNetOutput
 from capsfl.models.efficient_capsnet import EfficientCapsNet, EfficientCapsNetConfig
 from capsfl.models.published import load_capsnet
-from capsfl.models.zoo import build_network
 from capsfl.models.zoo.alexnet import AlexNetConfig
 from capsfl.models.zoo.densenet import DenseNetConfig
 from capsfl.models.zoo.inception import InceptionConfig
@@ -30,17 +30,7 @@ from capsfl.models.zoo.xception import XceptionConfig
 Answer = CapsNetOutput | Array
 """What a network says about a batch: capsules, or logits `(batch, classes)`."""
 
-CONFIGS = (
-    CapsNetConfig,
-    EfficientCapsNetConfig,
-    VGGConfig,
-    AlexNetConfig,
-    XceptionConfig,
-    ResNetConfig,
-    InceptionConfig,
-    MobileNetConfig,
-    DenseNetConfig,
-)
+CONFIGS = (CapsNetConfig, EfficientCapsNetConfig, *zoo.CONFIGS)
 NAMES = {name: f"<{form.__name__}>" for form in CONFIGS for name in get_args(form.model_fields["name"].annotation)}
 """Every name that `model.name` can have, and the tag of its section; `explain` leaves out what is in brackets."""
 
@@ -93,7 +83,7 @@ def make_network(config: NetworkConfig, *, rngs: nnx.Rngs, pretrained: bool = Tr
         return model
     if isinstance(config, EfficientCapsNetConfig):
         return EfficientCapsNet(config, rngs=rngs)
-    return build_network(config, rngs=rngs, pretrained=pretrained)
+    return zoo.build_network(config, rngs=rngs, pretrained=pretrained)
 
 
 def ask(model: Any, images: Array, labels: Array | None = None) -> Answer:

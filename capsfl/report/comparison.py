@@ -30,7 +30,7 @@ NORMAL_QUANTILE = 1.959964
 def comparison(study: Study) -> dict[str, Any] | None:
     """Everything of the page's section; None where there is nothing to compare."""
     lines, accuracies, colours = sensitivity_lines(study), accuracy_rows(study), arm_colours(study)
-    sites, without, paired = [], [], paired_rows(study)
+    sites, without, paired, lead = [], [], paired_rows(study), study.lead("classification")
     for task in METRIC:
         if (table := cross_site(study, task)) is not None:
             drawing = matrix(table, quantity=NAMES[task], floor=CHANCE[task])
@@ -54,7 +54,7 @@ def comparison(study: Study) -> dict[str, Any] | None:
         )
         if paired
         else Markup(),
-        "lead": lead.name if (lead := study.lead("classification")) else "",
+        "lead": "" if lead is None else lead.name,
         "sites": sites,
         "without": without,
         "partner": study.primary,

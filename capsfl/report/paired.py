@@ -68,11 +68,11 @@ def auc_differences(
         return {}
     deviations = np.array([np.abs(found[name][1:] - found[name][0]) / spread[name] for name in told]).max(axis=0)
     reach = float(np.nanquantile(deviations, confidence))
-    return {
-        name: Difference(value, max(value - reach * spread[name], -1.0), min(value + reach * spread[name], 1.0))
-        for name in told
-        for value in (float(found[name][0]),)
-    }
+    differences = {}
+    for name in told:
+        value, half = float(found[name][0]), reach * spread[name]
+        differences[name] = Difference(value, max(value - half, -1.0), min(value + half, 1.0))
+    return differences
 
 
 def _areas(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from capsfl.report.figures import Estimate, Points, RocCurve
-from capsfl.report.study import Arm, Record, Study, number_at, numbers, record_at, rows_at, text
+from capsfl.report.study import Record, Study, number_at, numbers, record_at, rows_at, text
 
 CONTROLS = {
     "classification": {
@@ -78,32 +78,31 @@ def compare(study: Study, task: str) -> Comparison | None:
     if lead is None:
         return None
     metric = METRIC[task]
-    controls = _controls(lead, task)
-    best = _best(controls, metric)
-    ceiling = number_at(best.values, metric) if best else None
+    controls = _controls(lead.results, task)
     lead_value = number_at(lead.results, task, "overall", metric)
 
     rows = []
     for arm in study.arms:
         overall = record_at(arm.results, task, "overall")
-        left_out = text(arm.results.get("partition")) == "leave-one-out"
-        # Whoever is judged on patients of one hospital is held against the controls on the same patients.
         if overall:
             kind = "primary" if arm is lead else "arm"
-            own = _ceiling(arm.results, task) if left_out else ceiling
-            rows.append(
-                Row(arm.name, kind, MEANINGS.get(arm.name, ""), overall, _difference(number_at(overall, metric), own))
-            )
+            rows.append(Row(arm.name, kind, MEANINGS.get(arm.name, ""), overall, _margin(arm.results, task)))
+        left_out = text(arm.results.get("partition")) == "leave-one-out"
         for name, member in record_at(arm.results, "members").items():
             values = record_at(member, task, "overall")
             if values:
-                own = _ceiling(member, task) if left_out else ceiling
-                margin = _difference(number_at(values, metric), own)
-                rows.append(Row(name, "member", "left out" if left_out else "alone", values, margin))
+                rows.append(Row(name, "member", "left out" if left_out else "alone", values, _margin(member, task)))
     for row in controls:
         margin = _difference(lead_value, number_at(row.values, metric))
         rows.append(Row(row.name, "control", row.note, row.values, margin))
-    return Comparison(task, lead.name, rows, best)
+    return Comparison(task, lead.name, rows, _best(controls, metric))
+
+
+def _margin(results: Record, task: str) -> float | None:
+    """How far results lie above the best control on the same patients, such as those of a hospital left out."""
+    metric = METRIC[task]
+    best = _best(_controls(results, task), metric)
+    return _difference(number_at(results, task, "overall", metric), number_at(best.values, metric) if best else None)
 
 
 def _best(controls: Sequence[Row], metric: str) -> Row | None:
@@ -111,20 +110,14 @@ def _best(controls: Sequence[Row], metric: str) -> Row | None:
     return max(scored, key=lambda row: number_at(row.values, metric) or 0.0, default=None)
 
 
-def _ceiling(results: Record, task: str) -> float | None:
-    """What the best of the controls reaches that were judged on the patients of these results."""
-    found = record_at(results, task, "controls")
-    return max((v for name in found if (v := number_at(found, name, METRIC[task])) is not None), default=None)
-
-
-def _controls(arm: Arm, task: str) -> list[Row]:
-    recorded = record_at(arm.results, task, "controls")
+def _controls(results: Record, task: str) -> list[Row]:
+    recorded = record_at(results, task, "controls")
     expected = [name for name in CONTROLS[task] if name != "dense lung fraction" or LEAK not in recorded]
     rows = []
     for name in dict.fromkeys([*expected, *recorded]):
         values, note = record_at(recorded, name), (CONTROLS[task] | NOTES).get(name, "")
         if not values and name == "always positive":
-            values = always_positive(record_at(arm.results, task, "overall"))
+            values = always_positive(record_at(results, task, "overall"))
         if not values:
             note = "not recorded"
         rows.append(Row(name, "control", note, values))

@@ -5,7 +5,7 @@ logits = build_network(config, rngs=nnx.Rngs(0))(images)
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from flax import nnx
 from pydantic import Field, TypeAdapter
@@ -26,26 +26,17 @@ ZooConfig = Annotated[
 ]
 """A network of the zoo; the field `name` says which."""
 
-NETWORKS: tuple[str, ...] = (
-    "vgg16",
-    "vgg19",
-    "alexnet",
-    "xception",
-    "resnet50",
-    "resnet50v2",
-    "resnet152v2",
-    "inceptionv3",
-    "mobilenet",
-    "mobilenetv2",
-    "densenet121",
-    "densenet169",
-    "densenet201",
+CONFIGS = (VGGConfig, AlexNetConfig, XceptionConfig, ResNetConfig, InceptionConfig, MobileNetConfig, DenseNetConfig)
+"""The families, in the order of table IV."""
+
+NETWORKS: tuple[str, ...] = tuple(
+    name for family in CONFIGS for name in get_args(family.model_fields["name"].annotation)
 )
 """All presets, in the order of table IV."""
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(ZooConfig)
 
-__all__ = ["NETWORKS", "Network", "ZooConfig", "build_network", "parse_network"]
+__all__ = ["CONFIGS", "NETWORKS", "Network", "ZooConfig", "build_network", "parse_network"]
 
 
 def parse_network(fields: Mapping[str, Any]) -> Any:
