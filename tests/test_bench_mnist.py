@@ -80,6 +80,30 @@ def test_distortion_keeps_the_middle_and_the_mass_within_its_ranges():
     np.testing.assert_allclose(middle, 0, atol=0.05)
 
 
+def test_a_distorted_digit_keeps_all_its_ink_and_stays_where_it_was_placed():
+    """Bars up to the edge of the image, which a distortion about the canvas's middle pushes over its rim."""
+    generator = np.random.default_rng(0)
+    images = np.zeros((64, 28, 28, 1), np.float32)
+    for image in images:
+        row, column = generator.integers(0, 24, 2)
+        image[row : row + 4, 2:26], image[2:26, column : column + 4] = 1.0, 1.0
+    keys = {"key": jax.random.key(2), "distortion_key": jax.random.key(3)}
+    placed = np.asarray(jax.jit(digits.place_distorted)(jnp.asarray(images), **keys))
+    room = ((0, 0), (12, 12), (12, 12), (0, 0))
+    distort = jax.jit(digits.distort)
+    whole = np.asarray(distort(jnp.pad(jnp.asarray(images), room), key=keys["distortion_key"]))
+    np.testing.assert_allclose(placed.sum(axis=(1, 2, 3)), whole.sum(axis=(1, 2, 3)), rtol=1e-5)
+    still = digits.place(jnp.asarray(images), key=keys["key"])
+    before, moved = (
+        np.stack([np.argwhere(image[..., 0] > 0).mean(axis=0) for image in each])
+        for each in (np.asarray(still), placed)
+    )
+    assert np.abs(moved - before).mean() < 1.5
+    cut = np.asarray(distort(still, key=keys["distortion_key"]))
+    lost = 1 - cut.sum(axis=(1, 2, 3)) / whole.sum(axis=(1, 2, 3))
+    assert lost.max() > 0.05, "the test's digits would lose ink the other way"
+
+
 def test_training_learns_and_repeats_bit_for_bit():
     images, labels = bars(240)
     config = DigitTrainingConfig(epochs=3, batch_size=24, learning_rate=1e-2, shift_pixels=0)

@@ -35,9 +35,28 @@ def place(images: Array, *, key: Array, canvas: int = CANVAS) -> Array:
         key: used for nothing else.
         canvas: its side in pixels.
     """
-    room = canvas - images.shape[1]
-    moves = jax.random.randint(key, (len(images), 2), 0, room + 1)
-    around = jnp.pad(images, ((0, 0), (room, room), (room, room), (0, 0)))
+    around, moves = _around(images, key, canvas)
+    return _cut(around, moves, (canvas, canvas, images.shape[-1]))
+
+
+def place_distorted(images: Array, *, key: Array, distortion_key: Array, canvas: int = CANVAS) -> Array:
+    """Distorts every image about its own middle and puts it on a black canvas, all its ink inside.
+
+    The places are those of `place` under the same key, but where a distorted digit would reach over the rim: there it
+    is moved inwards by as many pixels. (Distorting the placed image about the canvas's middle would cut digits near the
+    rim, and a network would be asked about what is not there.)
+
+    Args:
+        images: `(batch, side, side, 1)`, black around the digit.
+        key: of the places.
+        distortion_key: of `distort`.
+        canvas: its side in pixels.
+    """
+    around, moves = _around(images, key, canvas)
+    around = distort(around, key=distortion_key)
+    for axis in (0, 1):
+        first, last = _extent(around, axis)
+        moves = moves.at[:, axis].set(jnp.maximum(jnp.minimum(moves[:, axis], first), last + 1 - canvas))
     return _cut(around, moves, (canvas, canvas, images.shape[-1]))
 
 
@@ -64,6 +83,19 @@ def distort(images: Array, *, key: Array) -> Array:
         return map_coordinates(image[..., 0], list(seen), order=1, mode="constant")[..., None]
 
     return jax.vmap(one)(images, draws)
+
+
+def _around(images: Array, key: Array, canvas: int) -> tuple[Array, Array]:
+    """Images amid as much black as there is room on a canvas, and where the canvas begins, `(batch, 2)`."""
+    room = canvas - images.shape[1]
+    moves = jax.random.randint(key, (len(images), 2), 0, room + 1)
+    return jnp.pad(images, ((0, 0), (room, room), (room, room), (0, 0))), moves
+
+
+def _extent(images: Array, axis: int) -> tuple[Array, Array]:
+    """The first and the last row (axis 0) or column (axis 1) with ink, `(batch,)` each."""
+    inked = jnp.any(images[..., 0] > 0, axis=2 - axis)
+    return jnp.argmax(inked, axis=1), inked.shape[1] - 1 - jnp.argmax(inked[:, ::-1], axis=1)
 
 
 def _cut(around: Array, moves: Array, shape: tuple[int, ...]) -> Array:

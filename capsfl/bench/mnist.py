@@ -20,7 +20,7 @@ from flax import nnx
 from pydantic import Field, ValidationError
 
 from capsfl.bench.digit_training import DigitTrainer, DigitTrainingConfig
-from capsfl.bench.digits import CANVAS, distort, place
+from capsfl.bench.digits import CANVAS, place, place_distorted
 from capsfl.bench.machine import describe
 from capsfl.bench.plain_digits import PlainDigits, count_weights, plain_of_size
 from capsfl.config import ConfigError, read_toml
@@ -104,8 +104,9 @@ def measure(options: MnistBench, *, say: Callable[[str], None]) -> dict[str, Any
         test = {name: rows[:1000] for name, rows in test.items()}
     tests = {"test": test["image"]}
     if options.affine:
-        placed = place(jax.numpy.asarray(test["image"]), key=jax.random.key(2013))
-        tests = {"test": np.asarray(placed), "distorted": np.asarray(jax.jit(_distorted)(placed))}
+        images, keys = jax.numpy.asarray(test["image"]), (jax.random.key(2013), jax.random.key(20))
+        distorted = jax.jit(place_distorted)(images, key=keys[0], distortion_key=keys[1])
+        tests = {"test": np.asarray(place(images, key=keys[0])), "distorted": np.asarray(distorted)}
     makers: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
         config.model.name: lambda rngs: make_network(config.model, rngs=rngs)
     }
@@ -132,10 +133,6 @@ def measure(options: MnistBench, *, say: Callable[[str], None]) -> dict[str, Any
             for name in makers
         },
     }
-
-
-def _distorted(images: jax.Array) -> jax.Array:
-    return distort(images, key=jax.random.key(20))
 
 
 def _train_one(

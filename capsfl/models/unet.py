@@ -6,7 +6,6 @@ a training step is a function of its batch alone.
 """
 
 from itertools import pairwise
-from math import gcd
 from typing import Annotated, Literal
 
 import jax
@@ -20,8 +19,11 @@ from capsfl.models.layers import Conv, he_normal
 from capsfl.models.segcaps import SegCapsOutput
 from capsfl.settings import Settings
 
-# Wu & He 2018 (arXiv:1803.08494); fewer where the channels do not divide.
+# Wu & He 2018 (arXiv:1803.08494).
 _GROUPS = 32
+# With one channel in a group nothing but the instance norm would be left, which takes from every channel its mean over
+# the image: how much of it is lung, say.
+_LEAST_CHANNELS = 2
 
 
 class _Config(Settings):
@@ -35,7 +37,7 @@ class _Config(Settings):
 
     norm: Literal["group", "none"] = "group"
     """What follows a convolution: group normalisation, which keeps examples apart and so allows clipping by patient,
-    or nothing, as published."""
+    in 32 groups or in fewer, of two channels at least; or nothing, as published."""
 
     in_channels: Annotated[int, Field(gt=0)] = 1
     """Channels of the image: 1, or 5 neighbouring slices with the one to segment in the middle."""
@@ -145,7 +147,7 @@ class _Block(nnx.Module):
     def __init__(self, in_channels: int, out_channels: int, norm: str, *, rngs: nnx.Rngs) -> None:
         inputs = (in_channels, out_channels)
         self.convs = nnx.List([Conv(channels, out_channels, 3, rngs=rngs) for channels in inputs])
-        groups = gcd(out_channels, _GROUPS)
+        groups = _groups(out_channels)
         kept = inputs if norm == "group" else ()
         self.norms = nnx.List([nnx.GroupNorm(out_channels, groups, rngs=rngs) for _ in kept])
 
@@ -156,6 +158,12 @@ class _Block(nnx.Module):
                 features = self.norms[index](features)
             features = jax.nn.relu(features)
         return features
+
+
+def _groups(channels: int) -> int:
+    """The most groups of equal size, up to 32, that hold two channels or more; one where there are no two."""
+    most = max(1, min(_GROUPS, channels // _LEAST_CHANNELS))
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
 class _Rise(nnx.Module):

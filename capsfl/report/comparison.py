@@ -6,13 +6,14 @@ own model does elsewhere, and what a hospital can expect that was not there.
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from capsfl.report import figures
+from capsfl.report.drawing import Drawing
 from capsfl.report.figures import Estimate
+from capsfl.report.formats import decimals
 from capsfl.report.matrix import Cell, Matrix, matrix
 from capsfl.report.paired import auc_differences
 from capsfl.report.spreads import Spread, spreads
@@ -27,39 +28,87 @@ NORMAL_QUANTILE = 1.959964
 """Of a 95 % interval."""
 
 
-def comparison(study: Study) -> dict[str, Any] | None:
-    """Everything of the page's section; None where there is nothing to compare."""
-    lines, accuracies, colours = sensitivity_lines(study), accuracy_rows(study), arm_colours(study)
-    sites, without, paired, lead = [], [], paired_rows(study), study.lead("classification")
-    for task in METRIC:
-        if (table := cross_site(study, task)) is not None:
-            drawing = matrix(table, quantity=NAMES[task], floor=CHANCE[task])
-            sites.append({"quantity": NAMES[task], "drawing": Markup(drawing)})
-        if rows := left_out_rows(study, task):
-            reference = CHANCE[task] or None
-            drawing = figures.forest(rows, quantity=NAMES[task], reference=reference)
-            without.append({"quantity": NAMES[task], "drawing": Markup(drawing)})
-    found = {
-        "sensitivity": Markup(
-            spreads(lines, title="sensitivity", label="round", colours=colours, unit_interval=True, size=(300, 210))
+def comparison(study: Study) -> list[Drawing]:
+    """Every drawing of the page's section; none where there is nothing to compare."""
+    single = (sensitivity_over_rounds(study), accuracy_by_training(study), against_others(study))
+    return [*(drawing for drawing in single if drawing is not None), *from_site_to_site(study), *left_out(study)]
+
+
+def sensitivity_over_rounds(study: Study) -> Drawing | None:
+    """Figure 8 of the paper."""
+    lines, colours = sensitivity_lines(study), arm_colours(study)
+    if not lines:
+        return None
+    drawing = spreads(
+        lines, title="sensitivity", label="round", colours=colours, unit_interval=True, size=(300, 210)
+    )
+    return Drawing(
+        "Sensitivity over rounds",
+        Markup(drawing),
+        "On images of validation patients, called by the most probable class. Mean over hospitals; the interval goes "
+        "from the lowest hospital to the highest. Where there is a model for every hospital, each counts at all "
+        "hospitals it is judged at.",
+        tuple((f"{name}: {decimals(points[-1].value, 2)}", colours[name]) for name, points in lines.items()),
+    )
+
+
+def accuracy_by_training(study: Study) -> Drawing | None:
+    """Figure 9 of the paper; None of a single training."""
+    rows = accuracy_rows(study)
+    if len(rows) < 2:
+        return None
+    return Drawing(
+        "Accuracy",
+        Markup(figures.forest(rows, quantity="accuracy", reference=frequent_share(study))),
+        "On test patients, as in the table, with Wilson's 95 % interval; of trainings with a model for every hospital "
+        "the mean, from the lowest model to the highest. Dashed: calling everybody the most frequent class.",
+    )
+
+
+def against_others(study: Study) -> Drawing | None:
+    """The leading training against each other one on the same patients; None where no other judged them."""
+    rows, lead = paired_rows(study), study.lead("classification")
+    if not rows or lead is None:
+        return None
+    drawing = figures.differences(
+        rows, quantity="difference of AUC", title="AUC minus that of every other training"
+    )
+    return Drawing(
+        f"{lead.name} against each other training",
+        Markup(drawing),
+        f"AUC of {lead.name} minus that of the row, on the same test patients: to the right {lead.name} is better. "
+        "Intervals by drawing patients and asking all trainings about the drawn ones, wide enough that all hold "
+        "together with 95 %; one that holds zero shows neither to be better.",
+    )
+
+
+def from_site_to_site(study: Study) -> list[Drawing]:
+    """By task, who trained against whom it was tested on."""
+    tables = {task: table for task in METRIC if (table := cross_site(study, task)) is not None}
+    return [
+        Drawing(
+            f"{NAMES[task]} from site to site",
+            Markup(matrix(table, quantity=NAMES[task], floor=CHANCE[task])),
+            "Trained at the row, tested on the column's test patients; framed, a hospital at home. Below the gap, "
+            "trainings that saw all hospitals. Small: the 95 % interval over the column's patients; a dash where a "
+            "figure is not defined.",
         )
-        if lines
-        else Markup(),
-        "legend": [(name, colours[name], points[-1].value) for name, points in lines.items()],
-        "accuracy": Markup(figures.forest(accuracies, quantity="accuracy", reference=frequent_share(study)))
-        if len(accuracies) > 1
-        else Markup(),
-        "paired": Markup(
-            figures.differences(paired, quantity="difference of AUC", title="AUC minus that of every other training")
+        for task, table in tables.items()
+    ]
+
+
+def left_out(study: Study) -> list[Drawing]:
+    """By task, each hospital's patients judged with it and without it."""
+    found = {task: rows for task in METRIC if (rows := left_out_rows(study, task))}
+    return [
+        Drawing(
+            f"{NAMES[task]} of a hospital that was not there",
+            Markup(figures.forest(rows, quantity=NAMES[task], reference=CHANCE[task] or None)),
+            "Each hospital's test patients judged twice: by the study's own training, in which the hospital took part, "
+            "and by a federation without it, whose weights and threshold come from the others.",
         )
-        if paired
-        else Markup(),
-        "lead": "" if lead is None else lead.name,
-        "sites": sites,
-        "without": without,
-        "partner": study.primary,
-    }
-    return found if any(found[part] for part in ("sensitivity", "accuracy", "paired", "sites", "without")) else None
+        for task, rows in found.items()
+    ]
 
 
 def is_left_out(arm: Arm) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from capsfl.report import figures
+from capsfl.report.drawing import Drawing
 from capsfl.report.formats import decimals
 from capsfl.report.frontier import effect_svg, frontier_svg, write_pictures
 from capsfl.report.page import distinct_names, environment, flatten, write_whole
@@ -43,7 +44,7 @@ def build_sweep_page(folder: Path) -> Path:
     record, rows, facts = read_sweep(folder)
     summaries = summarise(rows)
     groups = by_group(summaries)
-    colours = {name: f"series-{place % 8}" for place, name in enumerate(groups)}
+    colours = colour_groups(groups)
     utility = text(record.get("utility")) or "utility"
     write_pictures(folder, groups, colours, utility=utility)
     page = (
@@ -61,7 +62,7 @@ def build_sweep_page(folder: Path) -> Path:
             headlines=_headlines(summaries),
             groups=groups,
             colours=colours,
-            frontier=Markup(frontier_svg(groups, colours, utility=utility)) if private(summaries) else Markup(),
+            frontier=draw_against_epsilon(summaries, utility=utility),
             budgets=_budgets(groups),
             providers=providers(summaries, utility=utility, words=words),
             effects=_effects(summaries, groups, colours, utility),
@@ -81,6 +82,28 @@ def build_sweep_page(folder: Path) -> Path:
         )
     )
     return write_whole(folder / "report.html", distinct_names(page))
+
+
+def draw_against_epsilon(rows: Sequence[Summary], *, utility: str) -> Drawing | None:
+    """Utility against epsilon, a colour for every group; None where no setting has an epsilon."""
+    if not private(rows):
+        return None
+    groups = by_group(rows)
+    colours = colour_groups(groups)
+    return Drawing(
+        f"{utility[0].upper()}{utility[1:]} against ε",
+        Markup(frontier_svg(groups, colours, utility=utility)),
+        "Every setting with an ε is a dot; the line goes through the best within each ε, with its interval over seeds. "
+        "A dashed line is the best without noise. Intervals are 95 % t-intervals of the mean over seeds; none is drawn "
+        "for a single seed. The best of many settings looks better than it is: judge a chosen setting on data that the "
+        "sweep has not seen.",
+        tuple((name or "base", colour) for name, colour in colours.items()) if len(groups) > 1 else (),
+    )
+
+
+def colour_groups(groups: Mapping[str, Sequence[Summary]]) -> dict[str, str]:
+    """A colour of the page for every group."""
+    return {name: f"series-{place % 8}" for place, name in enumerate(groups)}
 
 
 def words(setting: Mapping[str, Any]) -> str:

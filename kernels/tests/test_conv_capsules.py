@@ -13,15 +13,20 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 IMPLEMENTATIONS = ("reference", "streamed")
+STATIC = ("strides", "transpose", "padding", "num_iters", "implementation", "block_size")
+_compiled = jax.jit(conv_capsules, static_argnames=STATIC)
+"""One program a call: operation by operation, every one of them is compiled alone."""
 
 
 def _arguments(case: cases.Case, dtype=jnp.float32, leading=(2,)):
-    keys = jax.random.split(jax.random.key(13), 3)
-    return (
-        jax.random.normal(keys[0], (*leading, case.types, *case.size, case.depth), dtype),
-        jax.random.normal(keys[1], (case.window, case.window, case.depth, case.capsules, case.dim), dtype),
-        jax.random.normal(keys[2], (case.capsules, case.dim), dtype),
+    # NumPy draws, for JAX would compile a generator for every shape.
+    generator = np.random.default_rng(13)
+    shapes = (
+        (*leading, case.types, *case.size, case.depth),
+        (case.window, case.window, case.depth, case.capsules, case.dim),
+        (case.capsules, case.dim),
     )
+    return tuple(jnp.asarray(generator.standard_normal(shape), dtype) for shape in shapes)
 
 
 def _options(case: cases.Case):
@@ -71,7 +76,7 @@ def _votes_by_hand(image: np.ndarray, kernel: np.ndarray, case: cases.Case) -> n
 @pytest.mark.usefixtures("double_precision")
 def test_value_is_that_of_the_loops(case, implementation, route_by_hand):
     inputs, kernel, bias = _arguments(case, jnp.float64, leading=())
-    got = conv_capsules(inputs, kernel, bias, **_options(case), implementation=implementation, block_size=2)
+    got = _compiled(inputs, kernel, bias, **_options(case), implementation=implementation, block_size=2)
     votes = np.stack([_votes_by_hand(image, np.asarray(kernel), case) for image in np.asarray(inputs)])
     assert got.shape == (case.capsules, *votes.shape[1:3], case.dim)
     for y, x in np.ndindex(votes.shape[1:3]):
@@ -115,7 +120,8 @@ def test_bfloat16_accumulates_in_float32():
     wide = tuple(a.astype(jnp.float32) for a in arguments)
     _, expected = _gradients("reference", case, wide)
     for implementation in IMPLEMENTATIONS:
-        assert conv_capsules(*arguments, implementation=implementation).dtype == jnp.bfloat16
+        route = functools.partial(conv_capsules, implementation=implementation)
+        assert jax.eval_shape(route, *arguments).dtype == jnp.bfloat16
         _, grads = _gradients(implementation, case, arguments)
         for grad, full, argument in zip(grads, expected, arguments, strict=True):
             assert grad.dtype == argument.dtype
@@ -128,9 +134,9 @@ def test_any_number_of_batch_axes(leading):
     case = cases.SMALL[0]
     inputs, kernel, bias = _arguments(case, leading=leading)
     flat = inputs.reshape(-1, *inputs.shape[-4:])
-    expected = conv_capsules(flat, kernel, bias, implementation="reference")
+    expected = _compiled(flat, kernel, bias, implementation="reference")
     for implementation in IMPLEMENTATIONS:
-        got = conv_capsules(inputs, kernel, bias, implementation=implementation)
+        got = _compiled(inputs, kernel, bias, implementation=implementation)
         assert got.shape == (*leading, *expected.shape[1:])
         np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
 

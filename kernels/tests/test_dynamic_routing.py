@@ -17,15 +17,20 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 IMPLEMENTATIONS = ("reference", "streamed")
+STATIC = ("num_iters", "leaky", "implementation", "block_size", "gradient")
+_compiled = jax.jit(dynamic_routing, static_argnames=STATIC)
+"""One program a call: operation by operation, every one of them is compiled alone."""
 
 
 def _arguments(case: cases.Case, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(7), 3)
-    return (
-        jax.random.normal(keys[0], (case.batch, case.inputs, case.depth), dtype),
-        jax.random.normal(keys[1], (case.inputs, case.capsules, case.dim, case.depth), dtype),
-        jax.random.normal(keys[2], (case.capsules, case.dim), dtype),
+    # NumPy draws, for JAX would compile a generator for every shape.
+    generator = np.random.default_rng(7)
+    shapes = (
+        (case.batch, case.inputs, case.depth),
+        (case.inputs, case.capsules, case.dim, case.depth),
+        (case.capsules, case.dim),
     )
+    return tuple(jnp.asarray(generator.standard_normal(shape), dtype) for shape in shapes)
 
 
 def _gradients(implementation, arguments, **options):
@@ -41,7 +46,7 @@ def _gradients(implementation, arguments, **options):
 @pytest.mark.usefixtures("double_precision")
 def test_value_is_that_of_the_papers_loops(case, leaky, implementation, route_by_hand):
     inputs, weights, bias = _arguments(case, jnp.float64)
-    got = dynamic_routing(
+    got = _compiled(
         inputs,
         weights,
         bias,
@@ -113,7 +118,7 @@ def test_last_gradient_takes_the_couplings_as_constants():
         squared = jnp.sum(total * total, -1, keepdims=True)
         return jnp.sum(jnp.sin(3 * total * squared / (1 + squared) / jnp.sqrt(squared + 1e-7)))
 
-    expected = jax.grad(frozen, argnums=(0, 1, 2))(inputs, weights, bias)
+    expected = jax.jit(jax.grad(frozen, argnums=(0, 1, 2)))(inputs, weights, bias)
     full = _gradients("reference", (inputs, weights, bias))[1]
     for implementation in IMPLEMENTATIONS:
         got = _gradients(implementation, (inputs, weights, bias), gradient="last")[1]
@@ -126,9 +131,9 @@ def test_bfloat16_accumulates_in_float32(implementation):
     arguments = _arguments(cases.Case(4, 512, 8, 4, 8), jnp.bfloat16)
     arguments = (arguments[0], arguments[1] * jnp.bfloat16(0.05), arguments[2])
     wide = tuple(a.astype(jnp.float32) for a in arguments)
-    got = dynamic_routing(*arguments, implementation=implementation)
+    got = _compiled(*arguments, implementation=implementation)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), dynamic_routing(*wide, implementation="reference"), atol=0.02)
+    np.testing.assert_allclose(got.astype(jnp.float32), _compiled(*wide, implementation="reference"), atol=0.02)
     _, grads = _gradients(implementation, arguments)
     _, expected = _gradients("reference", wide)
     for grad, full, argument in zip(grads, expected, arguments, strict=True):
@@ -143,8 +148,8 @@ def test_any_number_of_batch_axes(leading):
     inputs = jax.random.normal(jax.random.key(3), (*leading, cases.TINY.inputs, cases.TINY.depth))
     flat = inputs.reshape(-1, *inputs.shape[-2:])
     for implementation in IMPLEMENTATIONS:
-        got = dynamic_routing(inputs, weights, bias, implementation=implementation)
-        one = dynamic_routing(flat, weights, bias, implementation="reference")
+        got = _compiled(inputs, weights, bias, implementation=implementation)
+        one = _compiled(flat, weights, bias, implementation="reference")
         assert got.shape == (*leading, cases.TINY.capsules, cases.TINY.dim)
         np.testing.assert_allclose(got.reshape(one.shape), one, rtol=1e-4, atol=1e-6)
 

@@ -74,6 +74,15 @@ def test_a_patch_is_segmented_alike_alone_and_in_a_batch(network):
     assert not np.allclose(together[0], together[1])
 
 
+@pytest.mark.parametrize(
+    ("width", "groups"),
+    [(64, [32, 32, 32, 32, 32]), (32, [16, 32, 32, 32, 32]), (8, [4, 8, 16, 32, 32]), (3, [1, 3, 6, 12, 24])],
+)
+def test_a_group_has_two_channels_or_more_and_the_published_width_its_32_groups(width, groups):
+    model = nnx.eval_shape(lambda: UNet(UNetConfig(width=width), rngs=nnx.Rngs(0)))
+    assert [block.norms[0].num_groups for block in model.down] == groups
+
+
 def test_learns_to_segment_disks():
     rows, columns = np.mgrid[:32, :32]
     centres = [(10, 12, 6), (20, 18, 7)]

@@ -9,8 +9,8 @@ READING = """Error on the 10,000 test images after the last epoch, never on a be
 those outside the decoder, which only training sees. Seconds are those of training, compilation included."""
 
 AFFINE_READING = """Trained on digits at a random place of a black canvas of 40 x 40 pixels, scored on test digits so
-placed and on the same ones turned (to 20 degrees), sheared (to 0.2) and scaled (0.8 to 1.2 along each axis), the
-ranges of affNIST. The convolutional network has the same four convolutions and as many weights."""
+placed and on the same ones turned (to 20 degrees), sheared (to 0.2) and scaled (0.8 to 1.2 along each axis) about
+their own middle with all their ink on the canvas, the ranges of affNIST. The convolutional network has the same four convolutions and as many weights."""
 
 NUMBERS = frozenset({"weights", "seed", "test", "distorted", "wall s", "CPU s"})
 
