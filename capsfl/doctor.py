@@ -23,6 +23,7 @@ REQUIRED = ("capsfl-kernels", "jax", "flax", "optax", "orbax-checkpoint", "tenso
 DECODERS = (
     ("JPEG Lossless, JPEG-LS", "gdcm", "python-gdcm"),
     ("JPEG 2000", "openjpeg", "pylibjpeg-openjpeg"),
+    ("JPEG Lossless, the fast way", "imagecodecs", "imagecodecs"),
 )
 LIBRARIES = (
     ("weights of Keras", "h5py", "keras"),

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pydicom
 from pydicom.config import disable_value_validation
-from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import Tag
 from pydicom.uid import (
@@ -20,11 +19,14 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGLossless,
+    JPEGLosslessSV1,
 )
 
 from capsfl.ct import errors, multiframe
 from capsfl.ct.errors import ScanError
-from capsfl.ct.slices import DicomSlice, PlainPixels, make_slice, number, read_facts, several
+from capsfl.ct.plain_headers import WINDOW_BYTES, Memo, read_plain
+from capsfl.ct.slices import DicomSlice, Header, PlainPixels, make_slice, number, read_facts, several
 
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dc3", ".ima"}
 MAGIC = slice(128, 132)
@@ -33,6 +35,8 @@ PIXEL_DATA = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
 UNDEFINED_LENGTH = 0xFFFFFFFF
 BARE = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 """A data set without a preamble starts with group 0002 or 0008, in either byte order."""
+BARE_SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
+JPEG_SYNTAXES = (JPEGLossless, JPEGLosslessSV1)
 STANDARD_UIDS = "1.2.840.10008."
 REFORMATTED = {"MIP", "MINIP", "MPR", "REFORMATTED", "PROJECTION IMAGE", "VOLREN", "SCREEN SAVE"}
 MOST_UNPACKED_BYTES = 1 << 30
@@ -43,12 +47,14 @@ READ = (
     *("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "BurnedInAnnotation"),
     *("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns", "SliceThickness"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable"),
     *("Manufacturer", "ManufacturerModelName", "ConvolutionKernel", "KVP"),
     *multiframe.FUNCTIONAL,
 )
 """All that is ever read beside the pixels; the identifiers among it leave only as a salted hash."""
 READ_TAGS = [Tag(keyword) for keyword in READ]
+WANTED = {int(tag): tag for tag in READ_TAGS}
+KEYWORDS = dict(zip(map(int, READ_TAGS), READ, strict=True))
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,9 @@ def examine_files(paths: Sequence[Path], *, named: bool) -> list[FileFinding]:
         paths: regular files.
         named: whether the user named these files themselves, so that "not DICOM" is a fault.
     """
+    memo: Memo = {}
     with quiet_pydicom():
-        return [_examine(path, named=named) for path in paths]
+        return [_examine(path, memo, named=named) for path in paths]
 
 
 @contextmanager
@@ -91,10 +98,10 @@ def quiet_pydicom() -> Iterator[None]:
             log.disabled = disabled
 
 
-def _examine(path: Path, *, named: bool) -> FileFinding:
-    header: Dataset | None = None
+def _examine(path: Path, memo: Memo, *, named: bool) -> FileFinding:
+    header: Header | None = None
     try:
-        header, skipped = _read_header(path, named=named)
+        header, skipped = _read_header(path, memo, named=named)
         if header is None or skipped:
             study, series = _uid(header, "Study"), _uid(header, "Series")
             return FileFinding(path, skipped=skipped, study=study, series=series)
@@ -108,14 +115,11 @@ def _examine(path: Path, *, named: bool) -> FileFinding:
     return FileFinding(path, error=fault, study=_uid(header, "Study"), series=_uid(header, "Series"))
 
 
-def _uid(header: Dataset | None, kind: str) -> str:
-    try:
-        return "" if header is None else str(header.get(f"{kind}InstanceUID") or "")
-    except Exception:  # the UID itself may be what is damaged
-        return ""
+def _uid(header: Header | None, kind: str) -> str:
+    return "" if header is None else str(header.get(f"{kind}InstanceUID") or "")
 
 
-def _read_header(path: Path, *, named: bool) -> tuple[Dataset | None, str]:
+def _read_header(path: Path, memo: Memo, *, named: bool) -> tuple[Header | None, str]:
     """The data set up to its pixels, and the reason why the file is no slice of a CT volume, if there is one."""
     if named and not path.is_file():  # a pipe would be waited for
         fault = "not a regular file" if path.exists() else "no such file"
@@ -125,9 +129,12 @@ def _read_header(path: Path, *, named: bool) -> tuple[Dataset | None, str]:
     with path.open("rb") as stream:
         head = stream.read(MAGIC.stop)
         if head[MAGIC] == b"DICM":
-            _refuse_bomb(path, stream, MAGIC.stop)
-            header = _parse(stream, force=False)
-            if claims and _sop_class(header) is None and not header.get("Modality"):
+            head += stream.read(WINDOW_BYTES - len(head))
+            header = _plain(head, memo)
+            if header is None:
+                _refuse_bomb(path, stream, MAGIC.stop)
+                header = _parse(stream, force=False)
+            if claims and header.sop_class is None and not header.get("Modality"):
                 raise errors.CorruptFile(path, "the header ends before it says what the file is", "copy it again")
             return header, _reason_to_skip(header)
         if not head:
@@ -150,37 +157,47 @@ def _read_header(path: Path, *, named: bool) -> tuple[Dataset | None, str]:
     return None, f"{suffix} file, not DICOM" if suffix else "not DICOM"
 
 
-def _parse(stream: BinaryIO, *, force: bool) -> Dataset:
+def _plain(head: bytes, memo: Memo) -> Header | None:
+    """The header of a file that begins so, if it is plain."""
+    plain = read_plain(head, WANTED, memo)
+    if plain is None:
+        return None
+    values = {KEYWORDS[tag]: value for tag, value in plain.values.items()}
+    sop_class = values.get("SOPClassUID") or plain.sop_class
+    return _with_pixels(Header(values, sop_class, plain.syntax, (plain.implicit, True)), head, plain.end, 0)
+
+
+def _parse(stream: BinaryIO, *, force: bool) -> Header:
     stream.seek(0)
-    header = pydicom.dcmread(stream, stop_before_pixels=True, force=force, specific_tags=list(READ_TAGS))
-    for tag in READ_TAGS:  # values are converted on first use, which fails here or never
-        if tag in header:
-            header[tag]
-    header.pixel_bytes, header.pixel_element = _pixel_bytes(stream, header)
-    header.pixel_offset = stream.tell()
-    return header
+    data = pydicom.dcmread(stream, stop_before_pixels=True, force=force, specific_tags=list(READ_TAGS))
+    # Values are converted on first use, which fails here or never.
+    values = {KEYWORDS[tag]: data[tag].value for tag in READ_TAGS if tag in data}
+    own: Any = getattr(data, "file_meta", None) or {}
+    sop_class = values.get("SOPClassUID") or own.get("MediaStorageSOPClassUID")
+    implicit, little = data.original_encoding
+    header = Header(values, sop_class, own.get("TransferSyntaxUID"), (bool(implicit), bool(little)))
+    if header.named_syntax == DeflatedExplicitVRLittleEndian:
+        return replace(header, pixel_bytes=-1, pixel_offset=stream.tell())
+    start = stream.tell()
+    return _with_pixels(header, stream.read(12), 0, start)
 
 
-def _pixel_bytes(stream: BinaryIO, header: Dataset) -> tuple[int | None, bytes]:
-    """Declared length of the pixels, in front of which the parser stops; None where the file was cut off before.
+def _with_pixels(header: Header, held: bytes, at: int, start: int) -> Header:
+    """Note where the pixels lie and their declared length; the parser has stopped in front of their element.
 
-    Negative where it cannot be known yet: compressed pixels tell only when they are decoded. With it come the bytes
-    that declare it, behind which the stream then stands.
+    Args:
+        header: what stands in front of them.
+        held: some bytes of the file.
+        at: where in them the element begins.
+        start: where in the file they begin.
     """
-    if header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        return -1, b""
-    implicit, little = header.original_encoding
-    element = stream.read(8 if implicit else 12)
+    implicit, little = header.encoding
+    element = held[at : at + (8 if implicit else 12)]
     if len(element) < 8 or element[:4] not in PIXEL_DATA:
-        return None, b""
+        return header
     length = int.from_bytes(element[-4:], "little" if little else "big")
-    return -1 if length == UNDEFINED_LENGTH else length, element
-
-
-def _sop_class(header: Dataset) -> object:
-    """The kind of object, which the file's own header repeats."""
-    meta = getattr(header, "file_meta", None)
-    return header.get("SOPClassUID") or (meta.get("MediaStorageSOPClassUID") if meta else None)
+    length = -1 if length == UNDEFINED_LENGTH else length
+    return replace(header, pixel_bytes=length, pixel_element=element, pixel_offset=start + at + len(element))
 
 
 def _refuse_bomb(path: Path, stream: BinaryIO, start: int) -> None:
@@ -204,9 +221,9 @@ def _refuse_bomb(path: Path, stream: BinaryIO, start: int) -> None:
         piece = unpacker.unconsumed_tail or stream.read(1 << 16)
 
 
-def _reason_to_skip(header: Dataset) -> str:
+def _reason_to_skip(header: Header) -> str:
     """Say why a data set is no slice of a CT volume; empty when it is one. No tag value is quoted."""
-    sop_class = _sop_class(header)
+    sop_class = header.sop_class
     if sop_class is not None and sop_class not in (CTImageStorage, *multiframe.ENHANCED):
         # Only the standard's own names are quoted: a UID that it does not know may be anything.
         name = UID(str(sop_class)).name
@@ -222,7 +239,7 @@ def _reason_to_skip(header: Dataset) -> str:
     return ""
 
 
-def _slices(path: Path, header: Dataset) -> tuple[DicomSlice, ...]:
+def _slices(path: Path, header: Header) -> tuple[DicomSlice, ...]:
     if header.pixel_bytes is None:
         raise errors.CorruptFile(path, "truncated: it ends before its pixels", "copy it again from its source")
     color = str(header.get("PhotometricInterpretation", "MONOCHROME2"))
@@ -240,11 +257,14 @@ def _slices(path: Path, header: Dataset) -> tuple[DicomSlice, ...]:
     return slices
 
 
-def _plain_pixels(header: Dataset, slice_: DicomSlice) -> PlainPixels | None:
+def _plain_pixels(header: Header, slice_: DicomSlice) -> PlainPixels | None:
     """Where the integers lie, if the header leaves no question: then the file is not parsed again for them."""
     stored, sign = number(header.get("BitsStored")), number(header.get("PixelRepresentation"))
     if (
-        slice_.syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
+        slice_.syntax not in (*BARE_SYNTAXES, *JPEG_SYNTAXES)
+        or (slice_.syntax in JPEG_SYNTAXES) != (header.pixel_bytes == -1)
+        or (slice_.syntax in JPEG_SYNTAXES and header.pixel_element[4:6] not in (b"OB", b"OW"))
+        or header.get("ExtendedOffsetTable")
         or header.get("SamplesPerPixel") != 1
         or header.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2")
         or header.get("BitsAllocated") != 16
@@ -256,11 +276,12 @@ def _plain_pixels(header: Dataset, slice_: DicomSlice) -> PlainPixels | None:
     return PlainPixels(header.pixel_offset, header.pixel_element, signed=sign == 1, unused=16 - int(stored))
 
 
-def _check_size(path: Path, header: Dataset, slices: tuple[DicomSlice, ...]) -> None:
+def _check_size(path: Path, header: Header, slices: tuple[DicomSlice, ...]) -> None:
     """Uncompressed pixels must fill the picture that the header declares, and the file must hold them all."""
     bits = number(header.get("BitsAllocated")) or 16
     row = slices[0].columns * bits / 8
     needed, declared = len(slices) * slices[0].rows * row, header.pixel_bytes
+    assert declared is not None  # or `_slices` had refused it
     if declared < 0 and UID(slices[0].syntax).is_deflated:
         return
     # Writers pad to an even length and further; a whole row too many means that the header is wrong.

@@ -7,7 +7,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from capsfl.ct import errors
-from capsfl.ct.slices import DicomSlice, make_slice, number, read_facts, several, text
+from capsfl.ct.slices import DicomSlice, Header, make_slice, number, read_facts, several, text
 
 ENHANCED = (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 
@@ -32,18 +32,18 @@ MOST_FRAMES = 100_000
 """More than any acquisition holds; a larger number is damage."""
 
 
-def is_multiframe(header: Dataset) -> bool:
-    """Tell whether a data set holds several frames, or could."""
+def is_multiframe(header: Header) -> bool:
+    """Tell whether a file holds several frames, or could."""
     return header.get("SOPClassUID") in ENHANCED or (number(header.get("NumberOfFrames")) or 1) > 1
 
 
-def frame_types(header: Dataset) -> set[str]:
+def frame_types(header: Header) -> set[str]:
     """All values of FrameType that the frames carry, in capitals."""
     groups = [item for keyword in FUNCTIONAL for item in several(header.get(keyword))]
     return {str(kind).upper() for group in groups for kind in several(_in_group(group, "FrameType"))}
 
 
-def slices_of(path: Path, header: Dataset) -> tuple[DicomSlice, ...]:
+def slices_of(path: Path, header: Header) -> tuple[DicomSlice, ...]:
     """Take a multi-frame file apart into its frames, in the order in which the file holds them.
 
     A value comes from the frame's own group, else from the group that all frames share.
@@ -75,7 +75,7 @@ def slices_of(path: Path, header: Dataset) -> tuple[DicomSlice, ...]:
     return tuple(slices)
 
 
-def _reader(header: Dataset, shared: Dataset, own: Dataset) -> Callable[[str], object]:
+def _reader(header: Header, shared: Dataset, own: Dataset) -> Callable[[str], object]:
     def value(keyword: str) -> object:
         for group in (own, shared):
             found = _in_group(group, keyword)

@@ -12,11 +12,13 @@ from pydicom.pixels import iter_pixels, pixel_array  # pyright: ignore[reportPri
 from pydicom.uid import UID
 
 from capsfl.ct import errors
-from capsfl.ct.codestreams import frame_size
+from capsfl.ct.codestreams import Picture, declared_picture
 from capsfl.ct.errors import printable
+from capsfl.ct.jpeg_lossless import decode_lossless, only_frame
 from capsfl.ct.scan import AIR_HU, PADDING_HU
 from capsfl.ct.slices import DicomSlice, PlainPixels
 
+SAMPLE_BITS = (None, *range(2, 17))
 HIGHEST_HU = 32768.0
 """Extended scales end at 30710 HU: beyond it the header misreads the stored values."""
 
@@ -59,8 +61,10 @@ def decode(slices: Sequence[DicomSlice]) -> Iterator[tuple[int, np.ndarray]]:
 
 def _frames(path: Path, slices: list[DicomSlice]) -> Iterator[np.ndarray]:
     if slices[0].plain is not None:
-        yield _plain(path, slices[0], slices[0].plain)
-        return
+        stored = (_jpeg if slices[0].plain.jpeg else _plain)(path, slices[0], slices[0].plain)
+        if stored is not None:
+            yield stored
+            return
     syntax = UID(slices[0].syntax)
     if slices[0].frame is not None and not syntax.is_compressed:
         # Native frames are read one by one: a whole multi-frame file may be as large as its volume.
@@ -81,15 +85,35 @@ def _frames(path: Path, slices: list[DicomSlice]) -> Iterator[np.ndarray]:
 def _plain(path: Path, file: DicomSlice, plain: PlainPixels) -> np.ndarray:
     """The integers from where the header's reader left them."""
     size = 2 * file.rows * file.columns
-    with path.open("rb") as stream:
-        stream.seek(plain.offset - len(plain.element))
-        found = stream.read(len(plain.element) + size)
-    if not found.startswith(plain.element) or len(found) != len(plain.element) + size:
+    found = _from_element(path, plain, size)
+    if len(found) != len(plain.element) + size:
         raise errors.CorruptFile(path, "changed since its header was read", "copy it again from its source")
     stored = np.frombuffer(found, "<i2" if plain.signed else "<u2", offset=len(plain.element))
     if plain.unused:
         stored = (stored << plain.unused) >> plain.unused
     return stored.reshape(file.rows, file.columns)
+
+
+def _jpeg(path: Path, file: DicomSlice, plain: PlainPixels) -> np.ndarray | None:
+    """The integers of a JPEG Lossless stream by the faster decoder; None where the general way has to be gone."""
+    frame = only_frame(_from_element(path, plain), len(plain.element))
+    picture = declared_picture(frame) if frame else None
+    # Where the header calls some of the stream's bits unused, what the decoders make of them is not looked into here.
+    if frame is None or picture is None or picture.bits != 16 - plain.unused or (plain.signed and plain.unused):
+        return None
+    _check_picture(path, picture, file)
+    stored = decode_lossless(frame)
+    return stored if stored is None or not plain.signed else stored.view(np.int16)
+
+
+def _from_element(path: Path, plain: PlainPixels, size: int = -1) -> bytes:
+    """The pixels' element as the header's reader found it, with `size` bytes of what follows, or all."""
+    with path.open("rb") as stream:
+        stream.seek(plain.offset - len(plain.element))
+        found = stream.read(size if size < 0 else len(plain.element) + size)
+    if not found.startswith(plain.element):
+        raise errors.CorruptFile(path, "changed since its header was read", "copy it again from its source")
+    return found
 
 
 def _check_codestreams(path: Path, dataset: Dataset, slices: list[DicomSlice]) -> None:
@@ -98,13 +122,19 @@ def _check_codestreams(path: Path, dataset: Dataset, slices: list[DicomSlice]) -
     offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
     table = (offsets[0], offsets[1]) if offsets[0] and offsets[1] else None
     for frame in generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=table):
-        size = frame_size(frame)
-        if size is not None and size != (slices[0].rows, slices[0].columns):
-            raise errors.CorruptFile(
-                path,
-                f"compressed pixels of {size[0]}x{size[1]}, header says {slices[0].rows}x{slices[0].columns}",
-                "export it again",
-            )
+        _check_picture(path, declared_picture(frame), slices[0])
+
+
+def _check_picture(path: Path, picture: Picture | None, file: DicomSlice) -> None:
+    if picture is None:
+        return
+    fault = ""
+    if (picture.rows, picture.columns) != (file.rows, file.columns):
+        fault = f"compressed pixels of {picture.rows}x{picture.columns}, header says {file.rows}x{file.columns}"
+    elif picture.components not in (None, 1) or picture.bits not in SAMPLE_BITS:  # GDCM would end the process
+        fault = f"compressed pixels of {picture.components} samples of {picture.bits} bits, not one of 2 to 16"
+    if fault:
+        raise errors.CorruptFile(path, fault, "export it again")
 
 
 def to_hounsfield(file: DicomSlice, stored: np.ndarray, hu: np.ndarray, valid: np.ndarray) -> float:

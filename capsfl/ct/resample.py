@@ -71,8 +71,8 @@ def resample_hu(
 
     def finish(block: np.ndarray, target: np.ndarray) -> None:
         np.rint(block, out=block)
-        _clip(block, limits, block)
-        np.copyto(target, block, casting="unsafe")
+        np.copyto(target, block, casting="unsafe")  # limits and overshoot together are far below 16 bits
+        np.clip(target, np.int16(limits[0]), np.int16(limits[1]), out=target)
 
     _resample(hu, weights, limits, out, finish)
     for edge in (slice(0, z.start), slice(z.stop, None)):

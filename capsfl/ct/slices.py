@@ -1,11 +1,11 @@
 """One CT slice as its header describes it: where it lies, how its values become Hounsfield units."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import get_decoder  # pyright: ignore[reportPrivateImportUsage]
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -19,8 +19,34 @@ NOBODY = {
     *("default", "dummy", "unnamed", "noname", "noid", "id"),
 }
 """What anonymisers write for everybody's PatientID, in small letters and digits alone."""
+UNDEFINED_LENGTH = b"\xff\xff\xff\xff"
 FARTHEST_MM = 1e5
 """No scanner's table travels so far: a position beyond it is damaged, and would need a grid beyond any memory."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What was read of a file in front of its pixels."""
+
+    values: Mapping[str, Any] = field(repr=False)
+    """Converted values by keyword, of the elements that are there and were asked for."""
+    sop_class: object
+    """The kind of object, by the data set or else by the file's own header."""
+    named_syntax: object
+    """The transfer syntax that the file's own header names; None where it names none."""
+    encoding: tuple[bool, bool]
+    """Whether it was parsed as implicit, and as little endian."""
+    pixel_bytes: int | None = None
+    """Declared length of the pixels; None where the file was cut off before them, negative where it cannot be known
+    yet: compressed pixels tell only when they are decoded."""
+    pixel_element: bytes = b""
+    """The bytes that declare it."""
+    pixel_offset: int = 0
+    """Where the pixels begin, right behind."""
+
+    def get(self, keyword: str, default: object = None) -> Any:
+        """A value by its keyword."""
+        return self.values.get(keyword, default)
 
 
 @dataclass(frozen=True)
@@ -42,7 +68,7 @@ class SliceFacts:
 
 @dataclass(frozen=True)
 class PlainPixels:
-    """Where in its file a slice's 16-bit integers lie bare, low byte first, one row after the other."""
+    """Where in its file a slice's 16-bit integers lie: bare, low byte first, one row after the other, or compressed."""
 
     offset: int
     """Bytes in front of them."""
@@ -51,6 +77,11 @@ class PlainPixels:
     signed: bool
     unused: int
     """Bits at the top that hold no part of the number: nothing, its sign, or an overlay."""
+
+    @property
+    def jpeg(self) -> bool:
+        """Whether they are one stream of JPEG Lossless, in fragments."""
+        return self.element.endswith(UNDEFINED_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -94,7 +125,7 @@ class DicomSlice:
 
 
 def make_slice(
-    path: Path, frame: int | None, header: Dataset, value: Callable[[str], object], *, facts: SliceFacts, stack: str
+    path: Path, frame: int | None, header: Header, value: Callable[[str], object], *, facts: SliceFacts, stack: str
 ) -> DicomSlice:
     """Take a slice's place in space and its rescale from a header.
 
@@ -153,14 +184,14 @@ def stands_for_nobody(patient: str) -> bool:
 
 
 def _geometry(
-    path: Path, header: Dataset, value: Callable[[str], object]
+    path: Path, header: Header, value: Callable[[str], object]
 ) -> tuple[tuple[float, float, float, float, float, float], tuple[float, float, float], tuple[float, float], int, int]:
     try:
         across_x, across_y, across_z, down_x, down_y, down_z = map(float, several(value("ImageOrientationPatient")))
         x, y, z = map(float, several(value("ImagePositionPatient")))
         row_spacing, column_spacing = map(float, several(value("PixelSpacing")))
-        rows, columns = int(header.Rows), int(header.Columns)
-    except (AttributeError, TypeError, ValueError):
+        rows, columns = int(header.get("Rows")), int(header.get("Columns"))
+    except (TypeError, ValueError):
         raise errors.InconsistentGeometry(
             path, "position, orientation or pixel spacing is absent or no number", "export it again"
         ) from None
@@ -193,7 +224,7 @@ def _rescale(path: Path, value: Callable[[str], object]) -> tuple[float, float]:
     return slope, intercept
 
 
-def _padding(path: Path, header: Dataset) -> tuple[float, float] | None:
+def _padding(path: Path, header: Header) -> tuple[float, float] | None:
     ends: list[float] = []
     for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
         value = header.get(keyword)
@@ -208,15 +239,13 @@ def _padding(path: Path, header: Dataset) -> tuple[float, float] | None:
     return ends[0], ends[-1]
 
 
-def _syntax(path: Path, header: Dataset) -> str:
+def _syntax(path: Path, header: Header) -> str:
     """The encoding the file names, or the one it was parsed with if it names none."""
-    meta = getattr(header, "file_meta", None)
-    named = meta.get("TransferSyntaxUID") if isinstance(meta, FileMetaDataset) else None
-    if named is None:
-        implicit, little = header.original_encoding
+    if header.named_syntax is None:
+        implicit, little = header.encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         return str(ImplicitVRLittleEndian if implicit else explicit)
-    syntax = UID(str(named))
+    syntax = UID(str(header.named_syntax))
     if syntax.is_private:
         raise errors.MissingDecoder(path, "encoded by a private transfer syntax", "export it uncompressed")
     if not syntax.is_transfer_syntax:
@@ -233,7 +262,7 @@ def _syntax(path: Path, header: Dataset) -> str:
     return str(syntax)
 
 
-def read_facts(header: Dataset, value: Callable[[str], object]) -> SliceFacts:
+def read_facts(header: Header, value: Callable[[str], object]) -> SliceFacts:
     """The scanner facts of a header; anything that is no fact there stays empty."""
     return SliceFacts(
         manufacturer=text(header.get("Manufacturer")),

@@ -114,6 +114,11 @@ def _mutate_file(draw: random.Random, files: list[Path], strange: list[Path]) ->
     return what
 
 
+def damage_header(draw: random.Random, content: bytes) -> bytes:
+    """Damages one file: single bytes of it, or one element of its header."""
+    return draw.choice((_flip, _damage_element))(draw, content)
+
+
 def _flip(draw: random.Random, content: bytes) -> bytes:
     changed = bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 4, 16))):

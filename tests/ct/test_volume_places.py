@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorstore
+from old_volumes import as_format
 
 from capsfl.ct import output, zarr_group
 from capsfl.ct.errors import CorruptVolume, StorageError
@@ -275,8 +276,7 @@ def test_a_volume_of_format_1_reads_as_it_did(tmp_path):
         metadata["codecs"] = metadata["codecs"][0]["configuration"]["codecs"]
         spec = {"driver": "zarr3", "kvstore": f"file://{folder}/", "metadata": metadata}
         tensorstore.open(spec, create=True).result().write(values).result()
-    group = tmp_path / "a.zarr" / "zarr.json"
-    group.write_text(group.read_text().replace('"version": 3', '"version": 1'))
+    as_format(tmp_path / "a.zarr", 1, volume)
     assert len(list((tmp_path / "a.zarr" / "hu" / "c").rglob("*"))) > 27
     back, attributes = read_volume(tmp_path / "a.zarr")
     assert_same(back, volume)
@@ -331,6 +331,7 @@ def test_a_plain_zarr_reader_reads_it(tmp_path):
     assert group.attrs["capsfl"]["attributes"] == {"label": 1}
     assert group["hu"].shards == (96, 96, 96)
     assert group["hu"].chunks == (32, 32, 32)
+    assert group["valid"].chunks == group["masks/lesion"].chunks == (64, 64, 64)
     np.testing.assert_array_equal(group["hu"][...], volume.hu)
     np.testing.assert_array_equal(group["valid"][5, :, 7:9], volume.valid[5, :, 7:9])
     np.testing.assert_array_equal(group["masks/lesion"][..., 69], volume.masks["lesion"][..., 69])

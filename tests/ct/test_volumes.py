@@ -10,11 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from old_volumes import as_format
 
+from capsfl.ct import zarr_group
 from capsfl.ct.errors import CorruptVolume, StorageError
 from capsfl.ct.normalize import StandardVolume
 from capsfl.ct.scan import ScanSource, as_rows
 from capsfl.ct.volumes import read_attributes, read_volume, write_volume
+from capsfl.ct.zarr_group import brief_checksum
 
 AFFINE = np.array([[0, 0, 2.609375, -170.1], [0, 2.609375, 0, -160.7], [4, 0, 0, -12.3], [0, 0, 0, 1]])
 SOURCE = ScanSource(
@@ -113,6 +116,54 @@ def test_equal_volumes_have_equal_checksums_and_others_do_not(tmp_path):
     assert sums[0] == sums[1] != sums[2]
 
 
+SHAPES = hnp.array_shapes(min_dims=3, max_dims=3, max_side=4)
+NUMBERS = st.integers(0, 1) | st.integers(0, 3)
+ARRAYS = hnp.arrays(st.sampled_from([np.int16, np.uint8]), SHAPES, elements=NUMBERS) | hnp.arrays(bool, SHAPES)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ARRAYS, ARRAYS, st.data())
+def test_the_brief_checksum_tells_all_arrays_apart_however_they_lie_in_memory(one, other, data):
+    if data.draw(st.booleans()):  # one voxel apart, or none
+        other = one.copy()
+        place = tuple(data.draw(st.integers(0, size - 1)) for size in one.shape)
+        other[place] = data.draw(st.integers(0, 3))
+    same = one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+    assert (brief_checksum({"a": one}) == brief_checksum({"a": other})) == same
+    assert brief_checksum({"a": np.asfortranarray(one)}) == brief_checksum({"a": one})
+    assert brief_checksum({"b": one}) != brief_checksum({"a": one})
+
+
+def test_the_brief_checksum_hashes_neither_air_at_the_ends_nor_eight_bits_for_one(monkeypatch):
+    hashed = []
+
+    class Counting:
+        def update(self, part):
+            hashed.append(len(part) if isinstance(part, bytes) else part.nbytes)
+
+        def hexdigest(self):
+            return ""
+
+    monkeypatch.setattr(zarr_group.hashlib, "sha256", Counting)
+    hu = np.full((64, 16, 16), -1000, np.int16)
+    hu[20:30, 3, 4] = 7
+    brief_checksum({"hu": hu, "mask": hu == 7})
+    assert 10 * 16 * 16 * (2 + 1 / 8) <= sum(hashed) < 10 * 16 * 16 * (2 + 1 / 8) + 300
+
+
+def test_a_volume_with_the_checksum_of_format_3_reads_as_it_did(tmp_path):
+    volume = random_volume()
+    write_volume(tmp_path / "a.zarr", volume, attributes={"label": 0})
+    as_format(tmp_path / "a.zarr", 3, volume)
+    back, attributes = read_volume(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(back.hu, volume.hu)
+    assert attributes["label"] == 0
+    volume.hu[0, 0, 0] ^= 1
+    as_format(tmp_path / "a.zarr", 3, volume)
+    with pytest.raises(CorruptVolume, match="checksum"):
+        read_volume(tmp_path / "a.zarr")
+
+
 def test_replacing_leaves_the_new_volume_and_nothing_else(tmp_path):
     write_volume(tmp_path / "a.zarr", random_volume(), attributes={"round": 1})
     write_volume(tmp_path / "a.zarr", make_volume(np.zeros((8, 8, 8))), attributes={"round": 2})
@@ -163,8 +214,8 @@ def test_what_is_no_volume_of_this_format_is_refused(tmp_path):
         read_volume(tmp_path / "absent.zarr")
     write_volume(tmp_path / "a.zarr", random_volume(), attributes={})
     group = tmp_path / "a.zarr" / "zarr.json"
-    group.write_text(group.read_text().replace('"version": 3', '"version": 4'))
-    with pytest.raises(CorruptVolume, match="capsfl-volume 4, not capsfl-volume 3; ingest the scan again"):
+    group.write_text(group.read_text().replace('"version": 4', '"version": 5'))
+    with pytest.raises(CorruptVolume, match="capsfl-volume 5, not capsfl-volume 4; ingest the scan again"):
         read_attributes(tmp_path / "a.zarr")
     group.write_text("{}")
     with pytest.raises(CorruptVolume, match="not a stored volume"):
