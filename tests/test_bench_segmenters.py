@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import nibabel
@@ -15,6 +15,7 @@ from capsfl.bench import page, segmenter_picture, segmenters
 from capsfl.bench.segmenter_controls import fit_middle, mark_lungs, mark_middle
 from capsfl.bench.segmenter_data import Fold, SegmenterDataError, leave_one_out, read_lungs, read_tumours
 from capsfl.bench.segmenter_scores import compare, crossed_interval, judge_goal, score_masks, summarize
+from capsfl.bench.segmenter_search import search_rate
 from capsfl.bench.segmenter_training import Marked, SegmenterTrainingConfig, Trained, draw_order
 from capsfl.bench.segmenters import NETWORKS, SegmentersBench, network_config
 from capsfl.cli import main
@@ -249,9 +250,10 @@ def test_tumours_through_the_command_line(tumours, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(segmenters, "network_config", lambda name, width: UNetConfig(width=8, depth=1, norm="none"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     out = tmp_path / "results"
-    words = ["--data", str(tumours), "--task", "tumours", "--networks", "unet", "--steps", "40"]
+    words = ["--data", str(tumours), "--task", "tumours", "--networks", "unet", "--steps", "40", "--seeds", "4"]
+    tried = ["--learning-rates", "1e-6", "0.01", "--trial-steps", "20"]
     with pytest.raises(SystemExit) as end:
-        main(["bench", "segmenters", *words, "--seeds", "4", "--learning-rate", "0.01", "--out", str(out), "--json"])
+        main(["bench", "segmenters", *words, *tried, "--out", str(out), "--json"])
     captured = capsys.readouterr()
     assert not end.value.code, captured.err
     result = json.loads(captured.out)
@@ -264,10 +266,14 @@ def test_tumours_through_the_command_line(tumours, tmp_path, capsys, monkeypatch
     assert result["summary"]["unet"]["dice"]["mean"] > 0.6
     assert result["networks"]["unet"]["temporary_bytes"] > 0
     assert (result["goal"], result["against"]) == (None, [])
-    scores, costs = page.tables(result)
+    (choice,) = result["networks"]["unet"]["choice"].values()
+    worse, better = choice["trials"]
+    assert (worse["learning_rate"], better["learning_rate"], choice["learning_rate"]) == (1e-6, 0.01, 0.01)
+    assert (worse["dice"], -worse["loss"]) < (better["dice"], -better["loss"])
+    scores, costs, _ = page.tables(result)
     assert [words[0] for words in scores.rows] == ["unet", "mark middle"]
     assert costs.rows[0][:2] == ("unet", f"{result['networks']['unet']['parameters']:,}")
-    for table in (scores, costs):
+    for table in page.tables(result):
         assert {len(words) for words in table.rows} == {len(table.columns)}
     assert (out / "segmenters-tumours-cpu.png").read_bytes().startswith(b"\x89PNG")
     assert "![Slices of segmenters-tumours-cpu]" in page.write_page(out)
@@ -277,13 +283,22 @@ class TellsTruth:
     """Stands for a trained network that marks the truth, all but the lowest slice."""
 
     pools: ClassVar[list[set[bytes]]] = []
+    trials: ClassVar[list[set[bytes]]] = []
+    held: ClassVar[list[set[bytes]]] = []
 
     def __init__(self, config: SegmentationConfig, training: SegmenterTrainingConfig, pool: dict) -> None:
         self.facts = {"parameters": 210 if isinstance(config.model, UNetConfig) else 10, "temporary_bytes": 1 << 20}
 
-    def train(self, fold: Fold, *, seed: int) -> Trained:
-        self.pools.append({patch.tobytes() for patch in fold.pool["image"]})
-        return Trained(None, np.linspace(1, 0, 20), 2.0, 3.0)
+    def train(self, fold: Fold, *, seed: int, learning_rate: float, steps: int | None = None) -> Trained:
+        pools = self.pools if steps is None else self.trials
+        pools.append({patch.tobytes() for patch in fold.pool["image"]})
+        # The lowest volume likes 0.003 best, the others 0.01.
+        wanted = 0.003 if fold.test[0].name == "id0" else 0.01
+        return Trained(abs(learning_rate - wanted), np.linspace(1, 0, 20), 3.0)
+
+    def held_back_dice(self, parameters: float, patches: dict) -> float:
+        self.held.append({patch.tobytes() for patch in patches["image"]})
+        return 1 - parameters
 
     def mark(self, parameters: object, fold: Fold) -> Marked:
         masks = [np.array(case.truth) for case in fold.test]
@@ -308,11 +323,21 @@ def test_lungs_leave_out_each_volume_in_turn_and_all_networks_see_the_same_patch
     assert len(row["scores"]["dice"]) == len(row["axial_dice"]) == len(row["loss"]) == 3
     assert all(0.8 < value < 1 for value in row["scores"]["dice"])
     assert max(row["scores"]["volume_error_ml"]) < 0
-    assert (row["train_wall_s"], row["train_cpu_s"], row["mark_cpu_s"]) == (2.0, 3.0, 0.5)
+    assert (row["train_cpu_s"], row["mark_cpu_s"]) == (3.0, 0.5)
     assert result["goal"] == {"margin": 0.01, "parameter_ratio": 20.0, "met": True, "shown": True}
-    first, costs, second = page.tables(result)
-    assert [words[2] for words in costs.rows] == ["0.005", "0.001"]
-    assert costs.rows[0][4:8] == ("20", "13", "3", "0.5")
+    # Two networks, three folds, three step sizes: each tried without a volume, which it is scored on.
+    assert len(TellsTruth.trials) == len(TellsTruth.held) == 18
+    for number, (tried, held) in enumerate(zip(TellsTruth.trials, TellsTruth.held, strict=True)):
+        assert not tried & held
+        assert tried | held == TellsTruth.pools[number // 3 % 3]
+    chosen = {fold: choice["learning_rate"] for fold, choice in result["networks"]["unet"]["choice"].items()}
+    assert chosen == {"without id0": 0.003, "without id1": 0.01, "without id2": 0.01}
+    assert result["networks"]["segcaps"]["config"]["norm"] == "length"
+    first, costs, tried, second = page.tables(result)
+    assert [words[2] for words in costs.rows] == ["0.003, 0.01", "0.003, 0.01"]
+    assert costs.rows[0][4:] == ("20", "3", "0.5")
+    assert tried.title.endswith("30 steps")
+    assert tried.rows[0] == ("segcaps", "without id0", "0.998 at 0.001, 1.000 at 0.003, 0.993 at 0.01", "0.003")
     assert [words[0] for words in first.rows] == ["segcaps", "unet", "mark lungs"]
     assert second.title.endswith("met, by the whole interval")
     assert second.rows == [("unet", "21.0", "+0.000 (+0.000 to +0.000)")]
@@ -321,6 +346,28 @@ def test_lungs_leave_out_each_volume_in_turn_and_all_networks_see_the_same_patch
     quick = segmenters.measure(replace(options, quick=True), say=said.append)
     assert (quick["cases"], quick["seeds"], quick["training"]["steps"]) == (["id2"], [0], 40)
     assert "without id2" in said[-1]
+    assert quick["networks"]["unet"]["choice"] == {"without id2": {"learning_rate": 0.003, "trials": []}}
+    assert len(page.tables(quick)) == 3
+
+
+class Diverges(TellsTruth):
+    """Marks nothing at any step size; the loss of the largest is no number, that of 0.01 the lowest."""
+
+    def train(self, fold: Fold, *, seed: int, learning_rate: float, steps: int | None = None) -> Trained:
+        loss = {0.001: 1.2, 0.01: 0.9, 0.1: np.nan}[learning_rate]
+        return Trained(None, np.full(10, loss), 1.0)
+
+    def held_back_dice(self, parameters: object, patches: dict) -> float:
+        return 0.0
+
+
+def test_of_equal_step_sizes_the_lower_loss_is_chosen_and_no_number_never(tumours):
+    fold = read_tumours(tumours)
+    assert fold.held == 5
+    trainer: Any = Diverges(SegmentationConfig(), SegmenterTrainingConfig(), {})
+    rate, trials = search_rate(trainer, fold, (0.1, 0.001, 0.01), seed=0, steps=10, say=lambda _: None)
+    assert rate == 0.01
+    assert [trial.learning_rate for trial in trials] == [0.001, 0.01, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +377,9 @@ def test_lungs_leave_out_each_volume_in_turn_and_all_networks_see_the_same_patch
         ({"seeds": (1, 1)}, r"seeds = \[1, 1\]: give at least one, and none twice"),
         ({"networks": ()}, r"networks = \[\]: give at least one"),
         ({"steps": 0}, "steps = 0: must be above 0"),
+        ({"trial_steps": 0}, "trial_steps = 0: must be above 0"),
+        ({"learning_rates": (0.1, 0.0)}, r"learning_rates = \[0.1, 0.0\]: must all be above 0"),
+        ({"learning_rates": (0.1, 0.1)}, r"learning_rates = \[0.1, 0.1\]: give at least one, and none twice"),
         ({}, "0 volumes with masks; leaving one out takes two or more"),
         ({"task": "tumours"}, r"val_patches.h5: no such file; give the folder of val_patches.h5 and test_patches.h5"),
     ],

@@ -1,6 +1,6 @@
 """Scans with masks to compare segmentation networks on: lungs in whole volumes, tumours in patches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +20,8 @@ MASK_THRESHOLD = 127.5
 """The lung masks were resampled as 0 to 255 and ring."""
 PATCHES = ("val_patches.h5", "test_patches.h5")
 """Tumour patches to train on and to score on; no patient is in both."""
+HELD_SHARE = 4
+"""One tumour patch in so many, the last ones, is held back from the choice of a step size."""
 PATCH_SPACING_MM = 2.0
 """The tumour patches were cut from volumes of this isotropic spacing."""
 
@@ -38,12 +40,24 @@ class Fold:
         test: cases never trained on; of several, each is one slice.
         pool: training patches, `image` `(patches, side, side, 1)` in [-0.5, 0.5], `truth` `(patches, side, side)` and
             `plane` `(patches,)`.
+        held: how many patches at the end of the pool the choice of a step size trains without and is made on.
     """
 
     name: str
     train: tuple[Patient, ...]
     test: tuple[Patient, ...]
     pool: dict[str, np.ndarray]
+    held: int = 0
+
+    @property
+    def trial(self) -> "Fold":
+        """The fold to try step sizes on: trained without the patches held back."""
+        return replace(self, pool={name: values[: -self.held] for name, values in self.pool.items()}, held=0)
+
+    @property
+    def held_back(self) -> dict[str, np.ndarray]:
+        """The patches held back, as `pool`."""
+        return {name: values[-self.held :] for name, values in self.pool.items()}
 
 
 def read_lungs(folder: Path) -> tuple[Patient, ...]:
@@ -83,7 +97,10 @@ def leave_one_out(patients: tuple[Patient, ...], config: SegmentationConfig, *, 
     for left, patient in enumerate(patients):
         kept = [number for number in range(len(patients)) if number != left]
         pool = {name: np.concatenate([cut[number][name] for number in kept]) for name in cut[0]}
-        folds.append(Fold(f"without {patient.name}", tuple(patients[number] for number in kept), (patient,), pool))
+        # The last volume is held back whole, or half of its patches where there is no other.
+        held = len(cut[kept[-1]]["truth"]) // (1 if len(kept) > 1 else 2)
+        train = tuple(patients[number] for number in kept)
+        folds.append(Fold(f"without {patient.name}", train, (patient,), pool, held))
     return tuple(folds)
 
 
@@ -97,6 +114,8 @@ def read_tumours(folder: Path) -> Fold:
         SegmenterDataError: a file is absent, unreadable or of another kind; or h5py is missing.
     """
     train, test = (_read_patches(folder / name) for name in PATCHES)
+    if len(train) < HELD_SHARE:
+        raise SegmenterDataError(f"{folder / PATCHES[0]}: {len(train)} patches; training takes {HELD_SHARE} or more")
     images = np.concatenate([patient.hu for patient in train])
     level, width = LUNG_WINDOW
     truths = np.stack([patient.truth[0] for patient in train if patient.truth is not None])
@@ -105,7 +124,8 @@ def read_tumours(folder: Path) -> Fold:
         "truth": truths.astype(np.float32),
         "plane": np.zeros(len(train), np.int32),
     }
-    return Fold("tumours", train, test, pool)
+    # Neighbours in the file show the same tumours, so what is held back lies together.
+    return Fold("tumours", train, test, pool, len(train) // HELD_SHARE)
 
 
 def _read_patches(path: Path) -> tuple[Patient, ...]:

@@ -10,7 +10,7 @@ from capsfl.ct.normalize import window
 from capsfl.learning.masks import dice
 from capsfl.learning.patients import Patient
 
-NAMES = {"segcaps": "SegCaps", "unet": "U-Net", "unet++": "U-Net++"}
+NAMES = {"segcaps": "SegCaps, norm", "segcaps-published": "SegCaps", "unet": "U-Net", "unet++": "U-Net++"}
 TRUTH, PREDICTION = "#19b5fe", "#ff8c1a"
 
 

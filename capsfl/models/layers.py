@@ -234,6 +234,22 @@ class ConvCapsules(nnx.Module):
         self.num_iters = num_iters
         self.implementation = implementation
 
+    @property
+    def capsules(self) -> int:
+        """Types of the output."""
+        return len(self.bias)
+
+    def first_length(self, in_capsules: int) -> float:
+        """Return the root mean square length, before its squash, that he-normal votes give an output capsule.
+
+        Of `in_capsules` types whose vectors have unit mean square length and directions that do not agree, equally
+        coupled; the bias is left out. A window of stride `s` that is transposed meets one in `s * s` of its weights.
+        """
+        window, _, in_dim, capsules, dim = self.kernel.shape
+        met = (window / self.strides) ** 2 if self.transpose else window**2
+        variance = 2 / (window**2 * in_dim)
+        return (in_capsules * dim * met * variance) ** 0.5 / capsules
+
     def __call__(self, capsules: Array | tuple[Array, ...]) -> Array:
         """Map `(batch, in, height, width, in_dim)` capsules to `(batch, out, height', width', out_dim)`.
 

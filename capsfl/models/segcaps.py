@@ -5,15 +5,22 @@ from math import gcd
 from typing import Annotated, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from capsfl.models.layers import Conv, ConvCapsules, capsule_lengths
 from capsfl.settings import Settings
 
 # Rows of the image that the reconstruction head handles at once.
 _RECONSTRUCTED_ROWS = 8
+
+# Added to mean square lengths, so that an image of zeros divides nothing by zero.
+_LENGTH_FLOOR = 1e-6
+
+# Length, before its squash, at which the last capsule of a network with `norm` starts: a foreground of a tenth.
+_FIRST_LENGTH = 1 / 3
 
 
 class SegCapsConfig(Settings):
@@ -37,9 +44,23 @@ class SegCapsConfig(Settings):
     reconstruction: bool = True
     """Whether the network also reconstructs the segmented part of the image, as a regulariser."""
 
+    norm: Literal["none", "length"] = "none"
+    """What becomes of capsules before they vote: nothing, as published, or `length`, division by the root mean square
+    length of the layer in the same example. A squash makes short vectors shorter still, so that an image moves the
+    middle layers of the published network a tenth as far as the first one at the start, and their biases hide it.
+    Kernels then start at votes whose sum has unit length, and the last capsule at a third; no parameter is added."""
+
     weights: str = ""
     """File of weights that the authors' code has saved (`.hdf5`), to start from; empty to start from random ones. They
     have seen other intensities than the window's, so they are a beginning and no result."""
+
+    @model_validator(mode="after")
+    def _published(self) -> "SegCapsConfig":
+        if self.weights and self.norm != "none":
+            raise ValueError(
+                f'weights = {self.weights!r}: belong to the published network; leave norm = "{self.norm}" out'
+            )
+        return self
 
     @classmethod
     def r3(cls) -> "SegCapsConfig":
@@ -99,6 +120,28 @@ class SegCaps(nnx.Module):
         self.deconv_cap_3_1 = up(small, 2, small, 4)
         self.seg_caps = same(small, 1, small, 1)
         self.recon = ReconstructionHead(small, scale(64), scale(128), rngs=rngs) if config.reconstruction else None
+        self.norm = config.norm
+        if config.norm == "length":
+            self._start_at_unit_length()
+
+    def _start_at_unit_length(self) -> None:
+        """Scale the kernels so that equally weighted votes, of inputs of unit length, sum to unit length."""
+        for layer, children in (
+            (self.primarycaps, 1),
+            (self.conv_cap_2_1, self.primarycaps.capsules),
+            (self.conv_cap_2_2, self.conv_cap_2_1.capsules),
+            (self.conv_cap_3_1, self.conv_cap_2_2.capsules),
+            (self.conv_cap_3_2, self.conv_cap_3_1.capsules),
+            (self.conv_cap_4_1, self.conv_cap_3_2.capsules),
+            (self.deconv_cap_1_1, self.conv_cap_4_1.capsules),
+            (self.deconv_cap_1_2, self.deconv_cap_1_1.capsules + self.conv_cap_3_1.capsules),
+            (self.deconv_cap_2_1, self.deconv_cap_1_2.capsules),
+            (self.deconv_cap_2_2, self.deconv_cap_2_1.capsules + self.conv_cap_2_1.capsules),
+            (self.deconv_cap_3_1, self.deconv_cap_2_2.capsules),
+            (self.seg_caps, self.deconv_cap_3_1.capsules + 1),
+        ):
+            length = _FIRST_LENGTH if layer is self.seg_caps else 1.0
+            layer.kernel[...] = layer.kernel[...] * (length / layer.first_length(children))
 
     def __call__(self, images: Array, truth: Array | None = None) -> SegCapsOutput:
         """Segment images.
@@ -122,20 +165,35 @@ class SegCaps(nnx.Module):
         if truth is not None and truth.shape != images.shape[:3]:
             raise ValueError(f"truth {truth.shape} does not fit images {images.shape}; expected {images.shape[:3]}")
 
-        full = jax.nn.relu(self.conv1(images))[:, None]
-        half = self.conv_cap_2_1(self.primarycaps(full))
-        quarter = self.conv_cap_3_1(self.conv_cap_2_2(half))
-        capsules = self.conv_cap_4_1(self.conv_cap_3_2(quarter))
+        scaled = divide_by_length if self.norm == "length" else _as_they_are
+        full = scaled(jax.nn.relu(self.conv1(images))[:, None])
+        half = scaled(self.conv_cap_2_1(scaled(self.primarycaps(full))))
+        quarter = scaled(self.conv_cap_3_1(scaled(self.conv_cap_2_2(half))))
+        capsules = scaled(self.conv_cap_4_1(scaled(self.conv_cap_3_2(quarter))))
 
-        capsules = self.deconv_cap_1_2((self.deconv_cap_1_1(capsules), quarter))
-        capsules = self.deconv_cap_2_2((self.deconv_cap_2_1(capsules), half))
-        capsules = self.seg_caps((self.deconv_cap_3_1(capsules), full))[:, 0]
+        capsules = scaled(self.deconv_cap_1_2((scaled(self.deconv_cap_1_1(capsules)), quarter)))
+        capsules = scaled(self.deconv_cap_2_2((scaled(self.deconv_cap_2_1(capsules)), half)))
+        capsules = self.seg_caps((scaled(self.deconv_cap_3_1(capsules)), full))[:, 0]
 
         reconstruction = None
         if self.recon is not None:
             visible = capsules if truth is None else capsules * truth[..., None].astype(capsules.dtype)
             reconstruction = self.recon(visible)
         return SegCapsOutput(capsule_lengths(capsules), reconstruction)
+
+
+def divide_by_length(capsules: Array) -> Array:
+    """Divide capsules `(batch, capsules, height, width, dim)` by their root mean square length in each example.
+
+    The root mean square normalisation of Zhang & Sennrich 2019 (arXiv:1910.07467), over types and positions: directions
+    and proportions of lengths stay, and examples are kept apart.
+    """
+    squares = jnp.sum(jnp.square(capsules), axis=-1, keepdims=True)
+    return capsules * jax.lax.rsqrt(jnp.mean(squares, axis=(1, 2, 3), keepdims=True) + _LENGTH_FLOOR)
+
+
+def _as_they_are(capsules: Array) -> Array:
+    return capsules
 
 
 class ReconstructionHead(nnx.Module):

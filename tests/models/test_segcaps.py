@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from capsfl.learning.losses import segmentation_loss
-from capsfl.models.segcaps import SegCaps, SegCapsConfig
+from capsfl.models.layers import ConvCapsules
+from capsfl.models.segcaps import SegCaps, SegCapsConfig, divide_by_length
 
 SMALL = SegCapsConfig(width=0.125)
 LIGHT = SegCapsConfig(width=0.125, routed="resolution")
@@ -133,6 +134,53 @@ def test_gradients_are_finite_for_constant_images(light, gradient, value, foregr
     loss, slopes = gradient(light[1], images, jnp.full((4, 32, 32), foreground))
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+
+
+def test_with_norm_every_layer_starts_at_votes_of_about_unit_length():
+    model = SegCaps(SegCapsConfig(width=0.125, norm="length", num_iters=1, reconstruction=False), rngs=nnx.Rngs(0))
+    names = [str(name) for name, layer in nnx.iter_children(model) if isinstance(layer, ConvCapsules)]
+
+    @jax.jit
+    def first_lengths(model, images):
+        found = {}
+
+        def watch(name, layer):
+            def route(capsules):
+                outputs = layer(capsules)
+                # Undo the squash, whose length is n n / (1 + n n).
+                lengths = jnp.linalg.norm(outputs, axis=-1)
+                found[name] = jnp.sqrt(jnp.mean(lengths / (1 - lengths)))
+                return outputs
+
+            return route
+
+        for name in names:
+            setattr(model, name, watch(name, getattr(model, name)))
+        model(images)
+        return found
+
+    found = {
+        name: float(value)
+        for name, value in first_lengths(model, jax.random.uniform(jax.random.key(0), (4, 32, 32, 1)) - 0.5).items()
+    }
+    assert len(found) == 12
+    assert 0.1 < found.pop("seg_caps") < 0.7
+    assert all(0.4 < length < 2.5 for length in found.values()), found
+
+
+def test_norm_adds_no_parameter_and_the_published_network_is_without():
+    assert _count(_shapes(SegCapsConfig(norm="length"))) == 1_425_649
+    assert SegCapsConfig().norm == SegCapsConfig.r1().norm == "none"
+    with pytest.raises(ValueError, match=r"weights = 'a.hdf5': belong to the published network; leave norm"):
+        SegCapsConfig(weights="a.hdf5", norm="length")
+
+
+def test_dividing_by_length_keeps_examples_apart_and_survives_zeros():
+    capsules = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 5)) * jnp.array([1e-2, 30.0]).reshape(2, 1, 1, 1, 1)
+    scaled = divide_by_length(capsules)
+    np.testing.assert_allclose(jnp.mean(jnp.sum(scaled**2, -1), axis=(1, 2, 3)), 1, rtol=1e-2)
+    np.testing.assert_array_equal(scaled[:1], divide_by_length(capsules[:1]))
+    assert not divide_by_length(jnp.zeros((1, 1, 2, 2, 2))).any()
 
 
 def test_learns_to_segment_disks(light, gradient):

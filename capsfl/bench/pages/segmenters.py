@@ -3,29 +3,33 @@
 from collections.abc import Iterator
 from typing import Any
 
-from capsfl.bench.pages.cells import mebibytes, number, seconds
+from capsfl.bench.pages.cells import mebibytes, number
 from capsfl.bench.pages.section import Section, Table
 
-READING = """The same patches in the same order, changed alike, for as many steps of Adam, each network with
-the peak step size below; the weights after the last step are scored on cases never trained on. Dice, HD95 and the
-absolute volume error are means over cases and seeds, in brackets where the mean over further seeds and cases lies with
-probability .95: Student's t on the variance of seeds plus that of cases, so that three volumes give wide intervals. An
-empty mask lies the diagonal of the case away from one that marks something. `temp MiB` is what XLA plans for a training
-step beyond weights, moments and results. Steps and cases leave compilation out. The last row of the first table needs
-no network. The outlines are those of the first seed: truth blue, prediction orange; nothing but the size of the truth
-chose the slices."""
+READING = """`segcaps` is SegCaps with `norm = "length"`: capsules are divided by their root mean square length before
+they vote, and kernels start at votes of unit length; `segcaps-published` is without. The same patches in the same
+order, changed alike, for as many steps of Adam; the peak step size was given or, where a table says what was tried,
+is the best of the same few for every network, trained on a part of the training patches and scored on the rest; the
+weights after the last step are scored on cases never trained on. Dice, HD95 and the absolute volume error are means
+over cases and seeds, in brackets where the mean over further seeds and cases lies with probability .95: Student's t on
+the variance of seeds plus that of cases, so that three volumes give wide intervals. An empty mask lies the diagonal of
+the case away from one that marks something.
+`temp MiB` is what XLA plans for a training step beyond weights, moments and results. Seconds are the processor's,
+compilation left out. The last row of the first table needs no network. The outlines, where there is a picture, are
+those of the first seed: truth blue, prediction orange; nothing but the size of the truth chose the slices."""
 
-LUNGS_READING = f"{READING} Masks are fused from three planes, the mean above 2/3, in the grid of the scan."
-TUMOURS_READING = f"""{READING} Patches of one patient are not independent, and which belong together is not
+LUNGS_READING = f"""{READING}
+Masks are fused from three planes, the mean above 2/3, in the grid of the scan."""
+TUMOURS_READING = f"""{READING}
+Patches of one patient are not independent, and which belong together is not
 recorded, so intervals are narrower than patients would give. Every tumour lies in the middle of its patch, which all
 rows make use of; an empty patch scores 1 where nothing is marked, else 0. A patch counts as a slice of 2 mm."""
 
 NUMBERS = frozenset(
     (
         *("Dice", "Dice axial alone", "HD95 mm", "volume error ml", "bias ml"),
-        *("parameters", "step size", "temp MiB", "step CPU ms", "step wall ms"),
-        *("train CPU s", "case CPU s", "compile s"),
-        *("parameters of theirs over ours", "difference in Dice"),
+        *("parameters", "step size", "temp MiB", "step CPU ms", "train CPU s", "case CPU s"),
+        *("chosen", "parameters of theirs over ours", "difference in Dice"),
     )
 )
 
@@ -47,31 +51,36 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     )
     yield Table(
         "What they take",
-        (
-            *("network", "parameters", "step size", "temp MiB", "step CPU ms", "step wall ms"),
-            *("train CPU s", "case CPU s", "compile s"),
-        ),
+        ("network", "parameters", "step size", "temp MiB", "step CPU ms", "train CPU s", "case CPU s"),
         [
             (
                 name,
                 f"{facts['parameters']:,}",
-                f"{facts['learning_rate']:g}",
+                ", ".join(f"{rate:g}" for rate in _rates(facts)),
                 mebibytes(facts["temporary_bytes"]),
                 f"{1e3 * _mean(found[name], 'train_cpu_s') / training['steps']:.0f}",
-                f"{1e3 * _mean(found[name], 'train_wall_s') / training['steps']:.0f}",
                 f"{_mean(found[name], 'train_cpu_s'):.0f}",
                 f"{_mean(found[name], 'mark_cpu_s'):.3g}",
-                seconds(facts.get("lower_s"), facts.get("compile_s")),
             )
             for name, facts in result["networks"].items()
         ],
     )
+    if result["trial_steps"]:
+        yield Table(
+            f"Step sizes tried for {result['trial_steps']} steps",
+            ("network", "fold", "Dice held back", "chosen"),
+            [
+                (name, fold, ", ".join(_trial(trial) for trial in choice["trials"]), f"{choice['learning_rate']:g}")
+                for name, facts in result["networks"].items()
+                for fold, choice in facts["choice"].items()
+            ],
+        )
     if not result["against"]:
         return
     goal = result["goal"]
     told = "" if goal is None else _goal(goal)
     yield Table(
-        f"segcaps against the others, case by case{told}",
+        f"{result['ours']} against the others, case by case{told}",
         ("network", "parameters of theirs over ours", "difference in Dice"),
         [
             (row["network"], f"{row['parameter_ratio']:.1f}", _interval(row["difference"], "{:+.3f}"))
@@ -89,6 +98,15 @@ def _scores(name: str, figures: dict[str, Any], axial: list[float]) -> tuple[str
         _interval(figures["absolute_volume_error_ml"], "{:.3g}"),
         f"{figures['volume_error_ml']:+.3g}",
     )
+
+
+def _rates(facts: dict[str, Any]) -> list[float]:
+    """The step sizes of all folds, each once."""
+    return sorted({choice["learning_rate"] for choice in facts["choice"].values()})
+
+
+def _trial(trial: dict[str, Any]) -> str:
+    return f"{trial['dice']:.3f} at {trial['learning_rate']:g}"
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:
