@@ -40,6 +40,14 @@ class EfficientCapsNetConfig(Settings):
     in_channels: Size = 1
     """Channels of the image."""
 
+    input_mean: float = 0.0
+    """Intensity that the first convolution sees as 0. Published is 0, for digits on black; for CT in [0, 1] take the
+    middle, 0.5: a filter whose weights do not add up to 0 answers to the brightness alone, either everywhere, so that
+    it does not tell tissues apart, or nowhere."""
+
+    input_deviation: Annotated[float, Field(gt=0)] = 1.0
+    """How far from `input_mean` the first convolution sees 1: about the standard deviation of the images."""
+
     classes: Annotated[int, Field(ge=2)] = 2
     """Number of classes, one capsule each."""
 
@@ -117,6 +125,7 @@ class EfficientCapsNet(nnx.Module):
 
     def __init__(self, config: EfficientCapsNetConfig, *, rngs: nnx.Rngs) -> None:
         self.image_shape = (config.image_size, config.image_size, config.in_channels)
+        self.input_mean, self.input_deviation = config.input_mean, config.input_deviation
         before = (config.in_channels, *config.conv_channels[:-1])
         stages = zip(before, config.conv_channels, config.conv_kernels, config.conv_strides, strict=True)
         conv = partial(Conv, padding="VALID", rngs=rngs)
@@ -156,7 +165,7 @@ class EfficientCapsNet(nnx.Module):
             raise ValueError(f"images {images.shape}: expected {('batch', *self.image_shape)}")
         if labels is not None and labels.shape != images.shape[:1]:
             raise ValueError(f"labels {labels.shape} do not fit images {images.shape}; expected {images.shape[:1]}")
-        features = images
+        features = (images - self.input_mean) / self.input_deviation
         for conv, norm in zip(self.convs, self.norms, strict=True):
             features = jax.nn.relu(conv(features))
             if isinstance(norm, nnx.BatchNorm):

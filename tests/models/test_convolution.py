@@ -20,7 +20,10 @@ def _pooled(images, size):
 
 
 def _gradients(function, *arguments):
-    return jax.grad(lambda *given: jnp.sum(jnp.sin(function(*given))), argnums=tuple(range(len(arguments))))(*arguments)
+    def loss(*given):
+        return jnp.sum(jnp.sin(function(*given)))
+
+    return jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments)))))(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,17 @@ def test_group_normalisation_keeps_examples_apart():
     np.testing.assert_allclose(_train(model, images[2:3], jnp.zeros(1, jnp.int32)).lengths, together[2:3], rtol=1e-4)
 
 
+def test_input_is_centred_where_the_configuration_says_so():
+    centred = _tiny("group").model_copy(update={"input_mean": 0.5, "input_deviation": 0.25})
+    plain, told = (EfficientCapsNet(config, rngs=nnx.Rngs(0)) for config in (_tiny("group"), centred))
+    images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
+    lengths = _infer(told, images).lengths
+    np.testing.assert_allclose(lengths, _infer(plain, (images - 0.5) * 4).lengths, rtol=1e-4)
+    assert np.abs(lengths - _infer(plain, images).lengths).max() > 1e-3
+    with pytest.raises(ValueError, match="input_deviation"):
+        EfficientCapsNetConfig(image_size=28, input_deviation=0.0)
+
+
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_gradients_are_finite_for_zero_images(norm):
     graph, parameters, rest = nnx.split(EfficientCapsNet(_tiny(norm), rngs=nnx.Rngs(0)), nnx.Param, ...)

@@ -39,7 +39,7 @@ def test_convolution_by_slices_equals_lax(size, kernel_size, strides, channels, 
     generator = np.random.default_rng(seed)
     images = jnp.asarray(generator.normal(size=(2, *size, channels[0])), jnp.float32)
     kernel = jnp.asarray(generator.normal(size=(kernel_size, kernel_size, *channels)), jnp.float32)
-    found = convolve(images, kernel, strides=strides, padding=padding)
+    found = jax.jit(convolve, static_argnames=("strides", "padding"))(images, kernel, strides=strides, padding=padding)
     np.testing.assert_allclose(found, _convolved(images, kernel, strides, padding), rtol=1e-4, atol=1e-4)
 
 
@@ -48,7 +48,8 @@ def test_convolution_by_slices_has_the_gradient_of_lax():
     kernel = jax.random.normal(jax.random.key(1), (5, 5, 3, 4))
 
     def gradient(function):
-        return jax.grad(lambda i, k: jnp.sum(jnp.sin(function(i, k, 2, "SAME"))), argnums=(0, 1))(images, kernel)
+        slopes = jax.grad(lambda i, k: jnp.sum(jnp.sin(function(i, k, 2, "SAME"))), argnums=(0, 1))
+        return jax.jit(slopes)(images, kernel)
 
     found = gradient(lambda i, k, strides, padding: convolve(i, k, strides=strides, padding=padding))
     for left, right in zip(found, gradient(_convolved), strict=True):
