@@ -16,7 +16,7 @@ COMMANDS = {
     "phantom": "OUT                                     chest-CT hospitals as real DICOM series",
     "predict": "RUN SCAN|PICTURE|FOLDER                 masks in each scan's own geometry, probabilities, pictures",
     "export": "RUN OUT                                 weights, programs and a model card to take away",
-    "report": "RUN|SWEEP                               write the page of a study or a sweep again",
+    "report": "RUN|SWEEP ... [--out PAGE]              write a page again; with --out all figures on one page",
     "verify": "RUN [--witness HEAD]                    recompute and check every ledger of a study",
     "ledger": "show|prove|check|export|witness         read a run's ledger, take proofs of its rounds away",
     "epsilon": "--hospitals H --noise-multiplier Z ...  privacy loss of a setting, or the setting for a loss",

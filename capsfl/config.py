@@ -58,6 +58,8 @@ class DataConfig(Settings):
     """Share of every hospital's patients that is never trained on, where the manifest gives no split."""
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of every hospital's patients for the curves and the threshold, where the manifest gives no split."""
+    split_seed: int | None = Field(default=None, ge=0, lt=2**31)
+    """Seed of the split of patients; the study's seed when absent. Studies of several seeds then test the same ones."""
     on_error: Literal["raise", "skip"] = "raise"
     """Whether a scan that cannot be read stops the run or is left out by name."""
     residence: Literal["memory", "disk"] = "memory"
@@ -73,6 +75,9 @@ class ArmConfig(Settings):
     partition: Literal["hospitals", "pooled", "local", "leave-one-out"] = "hospitals"
     """Federated over the hospitals, one hospital holding all records, every hospital alone, or for each hospital a
     federation of the others, judged on the patients of the one left out."""
+    seed: int | None = Field(default=None, ge=0, lt=2**31)
+    """Replaces the study's seed in this training, on the same split of patients: arms that differ in it alone show how
+    far a result moves with weights, batches and noise."""
     clip_norm: float | None = Field(default=None, ge=LEAST_CLIP_NORM)
     """Replaces privacy.clip_norm."""
     noise_multiplier: float | None = Field(default=None, ge=0)
@@ -113,7 +118,7 @@ class StudyConfig(Settings):
     out: str = "runs/study"
     """Run folder; training resumes from it when it is not empty."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Seed of splits, weights, sampling and noise."""
+    """Seed of splits, weights, sampling and noise; see data.split_seed and arms.seed."""
     phantom: PhantomConfig | None = None
     """Chest-CT phantom to generate when data.source is empty."""
     data: DataConfig = DataConfig()
@@ -200,6 +205,11 @@ class StudyConfig(Settings):
         found = {"segmentation": self.segmentation, "classification": self.classification}
         return {name: stage for name, stage in found.items() if stage is not None}
 
+    @property
+    def split_seed(self) -> int:
+        """Seed of the split of patients."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
+
     @classmethod
     def example(cls) -> "StudyConfig":
         """All sections filled with their defaults, for `capsfl train --help`."""
@@ -226,6 +236,9 @@ class StudyConfig(Settings):
         if changes.get("unit", self.privacy.unit) == "hospital":
             changes |= {"expected_patients": None, "patient_truncation": None}
         replaced: dict[str, Any] = {"privacy": self.privacy.model_copy(update=changes), "arms": (arm,)}
+        if arm.seed is not None:
+            data = self.data.model_copy(update={"split_seed": self.split_seed})
+            replaced |= {"seed": arm.seed, "data": data}
         if not arm.federates:
             replaced["consensus"] = None  # one holder of records has nobody to decide with
         if arm.model is not None and (stage := self.classification) is not None:

@@ -1,13 +1,44 @@
-"""A trace of a few rounds (`jax.profiler`): what the devices did, and which part of a round asked for it."""
+"""Where time goes: a trace of a few rounds (`jax.profiler`), and the part of it that is compilation."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import jax.monitoring
 
 TRACED_ROUNDS = 3
 """Rounds in a trace: enough to see what repeats, and small enough to open."""
+
+
+class CompileWatch:
+    """Measures from its construction on how long this thread has traced, lowered and compiled programs.
+
+    JAX reports each of them as a span of time; one function traced inside another is counted once.
+    """
+
+    def __init__(self) -> None:
+        _compiled.spans = []
+
+    def read(self) -> dict[str, float]:
+        """Returns `compile_seconds`, of wall time."""
+        total, end = 0.0, float("-inf")
+        for start, stop in sorted(_compiled.spans):
+            total += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        return {"compile_seconds": round(total, 4)}
+
+
+_compiled = threading.local()
+
+
+def _note_span(event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
+    if event.startswith("/jax/core/compile/") and hasattr(_compiled, "spans"):
+        _compiled.spans.append((start_time, end_time))
+
+
+jax.monitoring.register_event_time_span_listener(_note_span)
 
 
 class RoundTrace:

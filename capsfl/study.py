@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -105,6 +105,21 @@ class StudyFolder:
         self.record(hospitals=sorted(hospitals), roster=roster)
         return roster
 
+    def keep_weights(self, found: Mapping[str, str]) -> None:
+        """Records which files of weights the trainings start from, by SHA-256.
+
+        Raises:
+            StudyFolderError: a training has begun, and a file is not the one it began with.
+        """
+        before = self._record.get("initial_weights", {})
+        for file, digest in found.items():
+            if _is_begun(self.path, self._record) and before.get(file, digest) != digest:
+                raise StudyFolderError(
+                    f"{file}: not the weights that {self.path} began with (SHA-256 was {before[file][:16]}…, is "
+                    f"{digest[:16]}…); restore the file or choose another `out`"
+                )
+        self.record(initial_weights={**before, **found})
+
     def record(self, **facts: Any) -> None:
         """Adds facts about the study for its page."""
         self._record |= facts
@@ -165,6 +180,12 @@ def study_kinds(path: Path) -> tuple[str, ...]:
     """What a study has seen of its patients, `volume` or `pictures` or both; a study that does not say, volumes."""
     record = _read_record(path / "study.json") or {}
     return tuple(record.get("kinds", ("volume",)))
+
+
+def study_weights(path: Path) -> dict[str, str]:
+    """SHA-256 of the files of weights that a study's trainings began with, by their paths as configured."""
+    record = _read_record(path / "study.json") or {}
+    return dict(record.get("initial_weights", {}))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ run, or one run per hospital; a run owns a folder with checkpoints, ledger, metr
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
@@ -27,19 +27,20 @@ from capsfl.profiling import is_traced
 from capsfl.progress import show_rounds
 from capsfl.report.page import build_page
 from capsfl.study import Split, StudyFolder, split_patients, write_json
-from capsfl.training.checks import cautions_of, check_before_training
+from capsfl.training.checks import cautions_of, check_before_training, weights_of
 from capsfl.training.run import Run, plan_runs
 from capsfl.training.stages import read_results, train_run
 from capsfl.workers import count_cores, die_with_parent
 
 
-def train(config: StudyConfig, *, console: Console, profile: bool = False) -> Path:
+def train(config: StudyConfig, *, console: Console, profile: bool = False, command: str = "") -> Path:
     """Runs or resumes a study.
 
     Args:
         config: the whole configuration.
         console: where progress goes.
         profile: whether to trace a few rounds of the first run.
+        command: what was typed, for the pages that say how to make a figure again; empty where nothing was.
 
     Returns:
         The page, `out/report.html`.
@@ -49,6 +50,8 @@ def train(config: StudyConfig, *, console: Console, profile: bool = False) -> Pa
     """
     agree("the configuration", config.digest() + config.devices.shared())
     with in_turn("the study folder", lambda: StudyFolder.open(config)) as folder:
+        if command:
+            folder.record(command=command)
         return train_study(config, folder, console=console, profile=profile)
 
 
@@ -66,6 +69,8 @@ def train_study(config: StudyConfig, folder: StudyFolder, *, console: Console, p
     runs = plan_runs(config, folder.path, split, roster=roster)
     runs[0] = replace(runs[0], profile=profile)
     check_before_training(config, split, runs)
+    if found := weights_of(config):
+        folder.keep_weights(found)
     for caution in cautions_of(runs, split):
         console.print(f"[yellow]warning[/] {caution}", highlight=False, soft_wrap=True)
     with folder.stage("controls"):
@@ -125,13 +130,14 @@ def load_split(config: StudyConfig, entries: Sequence[IndexEntry]) -> Split:
     """Reads volumes or pictures and splits patients, never slices; scans without mask and label wait for `predict`."""
     patients = [load_patient(entry, field=config.data.field, volumes=config.data.volumes) for entry in entries]
     known = [patient for patient in patients if patient.truth is not None or patient.label is not None]
-    return split_patients(known, config.data, seed=config.seed)
+    return split_patients(known, config.data, seed=config.split_seed)
 
 
 def train_runs(runs: Sequence[Run], volumes: Path, split: Split, controls: evaluation.Controls | None) -> None:
     """Trains runs side by side on a CPU, whose cores one small network does not fill; else one after the other.
 
-    Of several processes each takes part in every run, so that they are all at the same one.
+    Side by side each has a process of its own, so that its peak memory is its own and not that of runs before. Of
+    several processes each takes part in every run, so that they are all at the same one.
     """
     jobs = min(runs[0].config.jobs or default_jobs(runs[0].config), len(runs))
     if jax.process_count() > 1:
@@ -140,10 +146,8 @@ def train_runs(runs: Sequence[Run], volumes: Path, split: Split, controls: evalu
         for run in runs:
             train_run(run, split, controls)
         return
-    # "spawn", since a forked JAX deadlocks; the workers read the volumes again rather than have them pickled.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=die_with_parent) as pool:
-        futures = [pool.submit(train_in_worker, run, volumes, controls) for run in runs]
+    with ThreadPoolExecutor(jobs, thread_name_prefix="run") as pool:
+        futures = [pool.submit(train_in_process, run, volumes, controls) for run in runs]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -163,6 +167,16 @@ def default_jobs(config: StudyConfig) -> int:
     return 1 if alone else count_cores()
 
 
+def train_in_process(run: Run, volumes: Path, controls: evaluation.Controls | None) -> None:
+    """`train_run` in a new process.
+
+    Not in one pool that replaces its workers after every task, which may wait for ever (CPython issue 115634).
+    """
+    # "spawn", since a forked JAX deadlocks; the process reads the volumes again rather than have them pickled.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
+        pool.submit(train_in_worker, run, volumes, controls).result()
+
+
 def train_in_worker(run: Run, volumes: Path, controls: evaluation.Controls | None) -> None:
-    """`train_run` in a process of its own."""
+    """`train_run` on volumes that are read here."""
     train_run(run, load_split(run.config, read_index(volumes)), controls)

@@ -195,6 +195,21 @@ def test_an_arm_replaces_only_what_it_names_and_spends_no_privacy_alone(clip: fl
         assert found.privacy.target_epsilon is None
 
 
+def test_an_arm_of_another_seed_keeps_the_split_of_patients(tmp_path: Path):
+    study = load(tmp_path, GOOD + "[[arms]]\nname = 'a'\n[[arms]]\nname = 'b'\nseed = 9\n")
+    first, second = (study.arm(arm) for arm in study.arms)
+    assert (first.seed, second.seed) == (study.seed, 9)
+    assert first.split_seed == second.split_seed == study.split_seed == study.seed
+    assert first.data == study.data, "what no arm asks for changes no digest"
+    pinned = study.model_copy(update={"data": study.data.model_copy(update={"split_seed": 4}), "seed": 1})
+    assert [pinned.arm(arm).split_seed for arm in pinned.arms] == [4, 4]
+    for arms in ("[[arms]]\nseed = -1\n", "[[arms]]\nseed = true\n"):
+        with pytest.raises(ConfigError, match=r"arms\.0\.seed"):
+            load(tmp_path, GOOD + arms)
+    with pytest.raises(ConfigError, match=r"data\.split_seed = 1\.5"):
+        load(tmp_path, GOOD + "[data]\nsplit_seed = 1.5\n")
+
+
 def test_a_configuration_survives_json():
     study = StudyConfig.example()
     assert StudyConfig.model_validate_json(json.dumps(study.model_dump(mode="json"))) == study

@@ -1,5 +1,7 @@
 """What a model card says about the images that a model takes."""
 
+from dataclasses import replace
+
 import pytest
 
 from capsfl.config import ClassificationStage, DataConfig, SegmentationStage, StudyConfig
@@ -31,6 +33,13 @@ def test_a_card_of_pictures_says_how_they_were_made_and_names_no_window(pictures
     assert "64 pixels a side, fit stretch, levels standardized." in card_of(listed, "pictures"), "of a manifest"
     _, _, words = _programs(pictures, "classification", ("pictures",))
     assert words.endswith("in [0, 1]: grey pictures")
+
+
+def test_a_card_names_the_weights_that_training_began_with_by_their_digest(pictures: StudyConfig):
+    assert "- classification: trained from random weights." in card_of(pictures, "pictures")
+    began = replace(MODEL, initial=("resnet50_notop.h5", "ab" * 32))
+    card = model_card(pictures, {}, LEDGER, [began], holders={"A": 1}, version="0", kinds=["pictures"])
+    assert f"trained from the weights of the file resnet50_notop.h5, SHA-256 `{'ab' * 32}`" in card
 
 
 def test_a_card_of_volumes_says_through_which_window_they_are_seen():

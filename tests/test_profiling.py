@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import jax
+import jax.monitoring
 import jax.numpy as jnp
 import jax.profiler
 import pytest
 
-from capsfl.profiling import RoundTrace, is_traced, part
+from capsfl.profiling import CompileWatch, RoundTrace, is_traced, part
 
 
 def steps_in(folder: Path) -> set[str]:
@@ -61,3 +63,18 @@ def test_a_trace_ends_where_a_round_fails(tmp_path: Path):
     assert is_traced(tmp_path)
     with jax.profiler.trace(str(tmp_path / "next")):
         pass
+
+
+def test_compiling_is_told_apart_from_running_and_counted_once():
+    function = jax.jit(lambda x: jax.jit(jnp.cumsum)(x) * 3.25)
+    watch = CompileWatch()
+    function(jnp.arange(7.0)).block_until_ready()
+    assert watch.read()["compile_seconds"] > 0
+    again = CompileWatch()
+    function(jnp.arange(7.0)).block_until_ready()
+    assert again.read()["compile_seconds"] == 0
+    # An inner function is traced while the outer one is; its span ends first.
+    for start, stop in ((11.0, 12.0), (10.0, 14.0), (20.0, 20.5)):
+        jax.monitoring.record_event_time_span("/jax/core/compile/jaxpr_trace_duration", start, stop)
+    jax.monitoring.record_event_time_span("/jax/another/event", 30.0, 40.0)
+    assert again.read()["compile_seconds"] == pytest.approx(4.5)

@@ -1,5 +1,6 @@
 """The study folder: whose it is, what it survives, and a split that keeps patients apart."""
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capsfl.config import DataConfig, StudyConfig
+from capsfl.config import ClassificationStage, DataConfig, StudyConfig
 from capsfl.federated.hospitals import stack_hospitals
 from capsfl.federated.patients import number_patients, patients_of, records_by_hospital
 from capsfl.learning.patients import Patient, number_people
@@ -22,8 +23,10 @@ from capsfl.study import (
     load_study_config,
     split_patients,
     study_hospitals,
+    study_weights,
     write_json,
 )
+from capsfl.training.checks import weights_of
 
 
 def study(out: Path, **changes: object) -> StudyConfig:
@@ -116,6 +119,28 @@ def test_a_folder_with_a_training_in_it_belongs_to_its_configuration(tmp_path: P
         StudyFolder.open(study(tmp_path, seed=2))
     StudyFolder.open(study(tmp_path, seed=1))
     assert load_study_config(tmp_path).seed == 1
+
+
+def test_the_weights_a_study_begins_with_are_recorded_and_must_stay_what_they_were(tmp_path: Path):
+    file = tmp_path / "weights.h5"
+    file.write_bytes(b"one")
+    model = {"name": "resnet50", "weights": str(file)}
+    stage = ClassificationStage.model_validate({"image_size": 64, "model": model | {"image_size": 64}})
+    config = study(tmp_path / "run", segmentation=None, classification=stage)
+    found = weights_of(config)
+    assert found == {str(file): hashlib.sha256(b"one").hexdigest()}
+    StudyFolder.open(config).keep_weights(found)
+    file.write_bytes(b"two")
+    StudyFolder.open(config).keep_weights(weights_of(config))  # nothing was trained yet
+    assert study_weights(tmp_path / "run") == weights_of(config)
+    begin(tmp_path / "run")
+    StudyFolder.open(config).keep_weights(weights_of(config))
+    with pytest.raises(StudyFolderError, match=rf"{file}: not the weights that .* began with"):
+        StudyFolder.open(config).keep_weights(found)
+    file.unlink()
+    StudyFolder.open(config).keep_weights(weights_of(config))
+    assert study_weights(tmp_path / "run") == {str(file): hashlib.sha256(b"two").hexdigest()}
+    assert weights_of(study(tmp_path / "other")) == {}
 
 
 def test_a_difference_deep_inside_is_named_with_both_values(tmp_path: Path):

@@ -2,11 +2,16 @@
 
 import dataclasses
 import itertools
+import os
 import pickle
+import runpy
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import numpy as np
 import pytest
 
+from capsfl import train
 from capsfl.audit import chain_of
 from capsfl.checkpoint import CheckpointError, check_recorded, tensor_leaves
 from capsfl.config import ArmConfig, ClassificationStage, SegmentationStage, StudyConfig
@@ -188,3 +193,17 @@ def test_weights_the_ledger_does_not_vouch_for_are_refused_by_tensor(tmp_path):
         check_recorded(record, weights, tmp_path)
     with pytest.raises(CheckpointError, match="is not what the ledger recorded"):
         check_recorded(None, weights, tmp_path)
+
+
+def test_every_run_beside_others_has_a_process_of_its_own_and_a_dead_one_is_noticed(tmp_path, monkeypatch):
+    """A script stands for the training: `runpy.run_path(script, globals, name)` is called as it is."""
+    monkeypatch.setattr(train, "train_in_worker", runpy.run_path)
+    script = tmp_path / "run.py"
+    script.write_text("import os, pathlib\npathlib.Path(folder, str(os.getpid())).touch()\nglobals().clear()\n")
+    start: Any = train.train_in_process
+    for _ in range(2):
+        start(str(script), {"folder": str(tmp_path)}, "run")
+    assert len({path.name for path in tmp_path.iterdir()} - {"run.py", str(os.getpid())}) == 2
+    script.write_text("import os\nos._exit(3)\n")
+    with pytest.raises(BrokenProcessPool):
+        start(str(script), {}, "run")

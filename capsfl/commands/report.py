@@ -1,4 +1,4 @@
-"""`capsfl report RUN|SWEEP`: writes the page again. With `--out PAGE`: the paper's figures from all results, on one page."""
+"""`capsfl report RUN|SWEEP`: writes the page again; with `--out PAGE`, the paper's figures from all results on one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ def run(words: list[str]) -> int:
         from capsfl.study import disk_errors
 
         with disk_errors(given.picture):
-            summary_picture(given.results[0], given.picture)
+            summary_picture(next(iter(given.results)), given.picture)
         print(f"picture: {given.picture}")
     return 0
 

@@ -1,5 +1,6 @@
 """`capsfl sweep CONFIG.toml`: many studies in one program, privacy against utility."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +26,6 @@ def run(words: list[str]) -> int:
     one_device_per_core()
     console = Console()
     with disk_errors(Path(config.out)):
-        folder = run_sweep(config, console=console)
+        folder = run_sweep(config, console=console, command=shlex.join(["capsfl", "sweep", *map(str, words)]))
     console.print(f"page: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     return 0

@@ -1,5 +1,6 @@
 """`capsfl train CONFIG.toml`: runs or resumes a study and writes its page."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def run(words: list[str]) -> int:
 
     with joined(config.devices), disk_errors(Path(config.out)):
         console = Console(quiet=not is_first())
-        page = train(config, console=console, profile=given.profile > 0)
+        typed = shlex.join(["capsfl", "train", *map(str, words)])
+        page = train(config, console=console, profile=given.profile > 0, command=typed)
     console.print(f"page: {page}", soft_wrap=True, highlight=False)
     return 0
 

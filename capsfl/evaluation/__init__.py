@@ -35,7 +35,7 @@ def results(
     statement: PrivacyStatement,
 ) -> dict[str, Any]:
     """Everything the page says about one run, as JSON values."""
-    table: dict[str, Any] = {"privacy": None if statement.epsilon is None else statement.to_json()}
+    table: dict[str, Any] = {"seed": config.seed, "privacy": None if statement.epsilon is None else statement.to_json()}
     if scans is not None:
         assert controls.segmentation is not None
         table["segmentation"] = segmentation_results(split, scans, controls.segmentation, config)
@@ -51,7 +51,8 @@ def average_members(members: Mapping[str, Mapping[str, Any]], *, partition: str 
         members: results by hospital; of hospitals alone on the same test patients, else on those of the one left out.
         partition: of the arm.
     """
-    table: dict[str, Any] = {"privacy": None, "partition": partition, "members": dict(members)}
+    seed = next((row["seed"] for row in members.values() if "seed" in row), None)
+    table: dict[str, Any] = {"seed": seed, "privacy": None, "partition": partition, "members": dict(members)}
     decisions = ("auc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "brier", "ece")
     for task, figures in {"segmentation": ("dice",), "classification": decisions}.items():
         rows = [row[task] for row in members.values() if task in row]
@@ -59,7 +60,8 @@ def average_members(members: Mapping[str, Mapping[str, Any]], *, partition: str 
             controls = rows[0]["controls"]
             if partition != "local":  # each has patients of its own, so that controls differ too
                 controls = {name: _average([row["controls"][name] for row in rows], figures) for name in controls}
-            table[task] = {"overall": _average([r["overall"] for r in rows], figures), "controls": controls}
+            kind = {name: rows[0][name] for name in ("auc_interval",) if name in rows[0]}
+            table[task] = {**kind, "overall": _average([r["overall"] for r in rows], figures), "controls": controls}
     return table
 
 

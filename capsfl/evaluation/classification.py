@@ -146,6 +146,7 @@ def classification_results(found: Classified, controls: Controls, config: StudyC
         "hospitals": overall.pop("hospitals"),
         "overall": overall | judge.calibration(probabilities),
         "controls": rows,
+        "auc_interval": "newcombe",
         "scanner": found.probe,
         "network": config.classification.model.name,
         "parameters": found.parameters,
@@ -172,7 +173,7 @@ class _TwoClasses:
 
     def row(self, probabilities: np.ndarray, threshold: float, hospitals: np.ndarray | None = None) -> dict[str, Any]:
         return metrics.classification_report(
-            1 - probabilities[:, 0], self._labels, threshold, hospitals, seed=self._seed, people=self._people
+            1 - probabilities[:, 0], self._labels, threshold, hospitals, people=self._people
         )
 
     def always_positive(self, classes: int) -> dict[str, Any]:
@@ -194,9 +195,7 @@ class _ManyClasses:
         self._labels, self._people, self._seed = labels, people, seed
 
     def row(self, probabilities: np.ndarray, threshold: float, hospitals: np.ndarray | None = None) -> dict[str, Any]:
-        return multiclass.multiclass_report(
-            probabilities, self._labels, threshold, hospitals, people=self._people, seed=self._seed
-        )
+        return multiclass.multiclass_report(probabilities, self._labels, threshold, hospitals, people=self._people)
 
     def always_positive(self, classes: int) -> dict[str, Any]:
         return multiclass.most_frequent_row(self._labels, classes)

@@ -30,6 +30,7 @@ class CardModel:
         digest: the Merkle root of the weights in that record.
         inputs: what a program takes, in words.
         files: SHA-256 of each file, by its place beside the card.
+        initial: name and SHA-256 of the file of weights that training began with; None where it began at random.
     """
 
     task: str
@@ -39,6 +40,7 @@ class CardModel:
     digest: str
     inputs: str
     files: Mapping[str, str] = field(default_factory=dict)
+    initial: tuple[str, str] | None = None
 
 
 def model_card(
@@ -85,6 +87,7 @@ def model_card(
         *(f"| {m.task} | {m.network} | {m.parameters:,} | {m.round} | `{m.digest}` |" for m in models),
         "",
         *(f"- {m.task}: {m.inputs}" for m in models),
+        *(f"- {m.task}: {_initial(m)}" for m in models),
         "",
         "## Data",
         "",
@@ -106,7 +109,8 @@ def model_card(
         "",
         f"- Ledger: {ledger['blocks']} blocks, head `{ledger['head']}`.",
         f"- Its chain `{ledger['chain_id']}`, its root `{ledger['root']}`.",
-        f"- Configuration: SHA-256 `{config.digest()}`, seed {config.seed}; capsfl {version}.",
+        f"- Configuration: SHA-256 `{config.digest()}`; capsfl {version}.",
+        f"- Seed {config.seed}; patients split by seed {config.split_seed}.",
         "- `capsfl verify RUN` recomputes the digests above from the checkpoints.",
         "",
         "## Files",
@@ -132,6 +136,15 @@ def model_card(
 
 def _program(models: Sequence[CardModel]) -> str:
     return next(name for model in models for name in model.files if name.endswith(".stablehlo"))
+
+
+def _initial(model: CardModel) -> str:
+    if model.initial is None:
+        return "trained from random weights."
+    name, digest = model.initial
+    return (
+        f"trained from the weights of the file {name}, SHA-256 `{digest}`; what that was trained on, its source says."
+    )
 
 
 def _target(config: StudyConfig) -> str:

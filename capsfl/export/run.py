@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,7 @@ from capsfl.ledger.chain import Ledger
 from capsfl.ledger.records import RoundRecord, parameters_root
 from capsfl.ledger.statements import Registration
 from capsfl.models.planes import plane_axes
-from capsfl.study import load_study_config, study_kinds
+from capsfl.study import load_study_config, study_kinds, study_weights
 
 
 def export_models(study: Path, out: Path, *, arm_name: str | None = None) -> Path:
@@ -60,8 +61,8 @@ def export_models(study: Path, out: Path, *, arm_name: str | None = None) -> Pat
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        kinds = study_kinds(study)
-        models = [_export_task(config, run, task, recorded, draft, kinds) for task in config.stages]
+        kinds, began = study_kinds(study), study_weights(study)
+        models = [_export_task(config, run, task, recorded, draft, kinds, began) for task in config.stages]
         results, summary = (json.loads((run / f"{name}.json").read_text("utf-8")) for name in ("results", "ledger"))
         card = model_card(config, results, summary, models, holders=holders, version=version("capsfl"), kinds=kinds)
         (draft / "MODEL_CARD.md").write_text(card, encoding="utf-8")
@@ -75,7 +76,13 @@ def export_models(study: Path, out: Path, *, arm_name: str | None = None) -> Pat
 
 
 def _export_task(
-    config: StudyConfig, run: Path, name: str, recorded: tuple[RoundRecord, ...], draft: Path, kinds: tuple[str, ...]
+    config: StudyConfig,
+    run: Path,
+    name: str,
+    recorded: tuple[RoundRecord, ...],
+    draft: Path,
+    kinds: tuple[str, ...],
+    began: Mapping[str, str],
 ) -> CardModel:
     stage = config.stages[name]
     task, programs, inputs = _programs(config, name, kinds)
@@ -94,7 +101,9 @@ def _export_task(
     (folder / "network.json").write_text(network.model_dump_json(indent=1) + "\n", encoding="utf-8")
     for file, (function, shape) in programs.items():
         (folder / file).write_bytes(export_program(function(task, weights), shape))
+    file = getattr(stage.model, "weights", "")
     return CardModel(
+        initial=(Path(file).name, began.get(file, "not recorded")) if file else None,
         task=name,
         network=stage.model.name,
         parameters=sum(array.size for array in arrays.values()),

@@ -8,11 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.optimize import brentq
+from scipy.stats import norm, rankdata
 
 _RESAMPLES = 2000
 _PERMUTATIONS = 1000
 _CONFIDENCE = 0.95
+_CALIBRATED_DRAWS = 300
+_EDGE = 1e-9
+_MOST_BINS = 100
 
 
 class Confusion(NamedTuple):
@@ -192,28 +196,51 @@ def auc_interval(
     labels: np.ndarray,
     *,
     patients: Sequence[Any] | np.ndarray | None = None,
-    seed: int = 0,
-    resamples: int = _RESAMPLES,
     confidence: float = _CONFIDENCE,
 ) -> tuple[float, float] | None:
-    """Return an interval for the AUC by patient bootstrap, None unless both classes are present.
+    """Return an interval for the AUC over patients, see `newcombe_interval`; None unless both classes are present.
 
-    Perfect separation of a few patients makes every draw perfect and a percentile interval of no width. There
-    an exact bound is used instead: m = min(positives, negatives) disjoint pairs are all in order with
-    probability AUC^m, so an AUC below ((1 - confidence) / 2)^(1/m) is refuted (mirrored at an AUC of 0).
+    Scans of one patient are not independent, so patients are what counts, each once in every class it has a scan of.
+    A score that is the same for everybody has an AUC of 1/2 whoever the patients are, and an interval of no width.
     """
     scores, labels = _scored(scores, labels)
     area = auc(scores, labels)
     if area is None:
         return None
-    if area in (0.0, 1.0):
-        units = labels if patients is None else _labels_of_patients(labels, patients)
-        pairs = max(1, min(int(units.sum()), int((~units).sum())))
-        bound = ((1 - confidence) / 2) ** (1 / pairs)
-        return (bound, 1.0) if area == 1 else (0.0, 1 - bound)
-    return bootstrap_interval(
-        auc, scores, labels, patients=patients, seed=seed, resamples=resamples, confidence=confidence
-    )
+    if np.ptp(scores) == 0:
+        return area, area
+    positives, negatives = count_by_class(labels, patients)
+    return newcombe_interval(area, positives, negatives, confidence=confidence)
+
+
+def newcombe_interval(
+    area: float, positives: int, negatives: int, *, confidence: float = _CONFIDENCE
+) -> tuple[float, float]:
+    """Return the score interval of an AUC of so many independent positives and negatives (Newcombe 2006, method 5).
+
+    It holds every AUC that lies within z standard errors of the one observed, the error being that of the AUC asked
+    about: Hanley & McNeil's (1982) formula with the mean of both numbers in the place of each. It is continuous in the
+    AUC: at 0 and 1 it does not shrink to a point, as percentiles of a bootstrap do, nor is it wider there than just
+    beside. Statistics in Medicine 25:559-573.
+    """
+    z = float(norm.ppf((1 + confidence) / 2))
+    others = (positives + negatives) / 2 - 1
+
+    def outside(asked: float) -> float:
+        spread = 1 + others * ((1 - asked) / (2 - asked) + asked / (1 + asked))
+        return (area - asked) ** 2 - z**2 * asked * (1 - asked) * spread / (positives * negatives)
+
+    # At the very ends the error is 0, and an AUC observed there would be a root beside the one looked for.
+    low: Any = brentq(outside, 0.0, min(area, 1 - _EDGE)) if area > 0 else 0.0
+    high: Any = brentq(outside, max(area, _EDGE), 1.0) if area < 1 else 1.0
+    return float(low), float(high)
+
+
+def count_by_class(labels: np.ndarray, patients: Sequence[Any] | np.ndarray | None = None) -> tuple[int, int]:
+    """Return how many patients have a positive row and how many a negative one; every row is one where None."""
+    labels = np.asarray(labels, bool)
+    whose = np.arange(labels.size) if patients is None else np.unique(np.asarray(patients), return_inverse=True)[1]
+    return len(np.unique(whose[labels])), len(np.unique(whose[~labels]))
 
 
 def classification_report(
@@ -221,7 +248,6 @@ def classification_report(
     labels: np.ndarray,
     threshold: float,
     hospitals: Sequence[str] | np.ndarray | None = None,
-    seed: int = 0,
     *,
     people: np.ndarray | None = None,
 ) -> dict[str, Any]:
@@ -230,13 +256,13 @@ def classification_report(
     Keys: auc, auc_low, auc_high (95 %, see `auc_interval`), accuracy, balanced_accuracy, sensitivity,
     specificity, precision, threshold, patients, positives; and with `hospitals` (the hospital of each patient) a
     dict of such rows under "hospitals". Undefined figures are None. With `people`, a number for whose each score is,
-    a person with several scans is drawn with all of them.
+    intervals count people and not their scans.
 
     Raises:
         ValueError: if lengths differ or a score is not finite.
     """
     scores, labels = _scored(scores, labels)
-    interval = auc_interval(scores, labels, patients=people, seed=seed)
+    interval = auc_interval(scores, labels, patients=people)
     report: dict[str, Any] = {
         "auc": auc(scores, labels),
         "auc_low": None if interval is None else interval[0],
@@ -255,7 +281,6 @@ def classification_report(
                 scores[names == name],
                 labels[names == name],
                 threshold,
-                seed=seed,
                 people=None if people is None else people[names == name],
             )
             for name in np.unique(names)
@@ -328,11 +353,14 @@ def brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(np.square(probabilities - labels)))
 
 
-def ece(probabilities: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> float:
+def ece(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the expected calibration error of a probability of the positive class (Naeini et al. 2015).
 
-    Over equal-width bins of [0, 1], the mean gap between the mean probability and the share of positives,
-    weighted by the number of patients in the bin.
+    Over bins of equally many patients, the mean gap between the mean probability and the share of positives, weighted
+    by the number of patients in the bin. There are as many bins, up to 100, as leave the shares rising from bin to bin
+    (Roelofs et al. 2022, arXiv:2012.08668, ECE_sweep): of few patients that is far less biased than a fixed number of
+    bins of equal width, most of which then hold a patient or two. Patients of equal probability count as one average
+    patient.
 
     Raises:
         ValueError: if a probability lies outside [0, 1].
@@ -340,14 +368,43 @@ def ece(probabilities: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> flo
     probabilities, labels = _scored(probabilities, labels)
     if probabilities.min() < 0 or probabilities.max() > 1:
         raise ValueError(f"probabilities in [{probabilities.min():g}, {probabilities.max():g}]: expected [0, 1]")
-    members = np.minimum((probabilities * bins).astype(int), bins - 1)
-    gaps = np.bincount(members, weights=probabilities - labels, minlength=bins)
-    return float(np.abs(gaps).sum() / labels.size)
+    values, whose, counts = np.unique(probabilities, return_inverse=True, return_counts=True)
+    return _swept_ece(np.repeat(values, counts), np.repeat(np.bincount(whose, labels) / counts, counts))
+
+
+def _swept_ece(probabilities: np.ndarray, shares: np.ndarray) -> float:
+    """`ece` of sorted probabilities and the share of positives among the patients of each."""
+    count = probabilities.size
+    positives, expected = (np.append(0.0, np.cumsum(each)) for each in (shares, probabilities))
+    edges = np.array([0, count])
+    for bins in range(2, min(len(np.unique(probabilities)), _MOST_BINS) + 1):
+        finer = np.arange(bins + 1) * count // bins
+        if np.any(np.diff(np.diff(positives[finer]) / np.diff(finer)) < -1e-12):
+            break
+        edges = finer
+    return float(np.abs(np.diff((expected - positives)[edges])).sum() / count)
+
+
+def ece_of_chance(probabilities: np.ndarray, *, seed: int = 0, draws: int = _CALIBRATED_DRAWS) -> float:
+    """Return what `ece` stays below in 95 % of the cases where the probabilities are right.
+
+    Outcomes are drawn from the probabilities themselves (consistency resampling: Bröcker & Smith 2007, Weather and
+    Forecasting 22:651-661): an error below this shows nothing but how few the patients are.
+    """
+    generator = np.random.default_rng(seed)
+    ordered = np.sort(np.asarray(probabilities, np.float64))
+    found = [ece(ordered, generator.uniform(size=ordered.size) < ordered) for _ in range(draws)]
+    return float(np.quantile(found, _CONFIDENCE))
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return `brier` and `ece` of a probability of the positive class."""
-    return {"brier": brier(probabilities, labels), "ece": ece(probabilities, labels)}
+    """Return `brier`, and `calibration_error`, of a probability of the positive class."""
+    return {"brier": brier(probabilities, labels), **calibration_error(probabilities, labels)}
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return `ece`, and as "ece_chance" what `ece_of_chance` says about the same probabilities."""
+    return {"ece": ece(probabilities, labels), "ece_chance": ece_of_chance(probabilities)}
 
 
 def _auc_of_ranks(ranks: np.ndarray, labels: np.ndarray) -> float | None:
@@ -356,11 +413,6 @@ def _auc_of_ranks(ranks: np.ndarray, labels: np.ndarray) -> float | None:
     if not positives or not negatives:
         return None
     return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def _labels_of_patients(labels: np.ndarray, patients: Sequence[Any] | np.ndarray) -> np.ndarray:
-    names = np.unique(np.asarray(patients), return_inverse=True)[1]
-    return np.array([labels[names == name].any() for name in range(names.max() + 1)])
 
 
 def _scored(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

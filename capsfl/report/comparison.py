@@ -39,9 +39,7 @@ def sensitivity_over_rounds(study: Study) -> Drawing | None:
     lines, colours = sensitivity_lines(study), arm_colours(study)
     if not lines:
         return None
-    drawing = spreads(
-        lines, title="sensitivity", label="round", colours=colours, unit_interval=True, size=(300, 210)
-    )
+    drawing = spreads(lines, title="sensitivity", label="round", colours=colours, unit_interval=True, size=(300, 210))
     return Drawing(
         "Sensitivity over rounds",
         Markup(drawing),
@@ -70,9 +68,7 @@ def against_others(study: Study) -> Drawing | None:
     rows, lead = paired_rows(study), study.lead("classification")
     if not rows or lead is None:
         return None
-    drawing = figures.differences(
-        rows, quantity="difference of AUC", title="AUC minus that of every other training"
-    )
+    drawing = figures.differences(rows, quantity="difference of AUC", title="AUC minus that of every other training")
     return Drawing(
         f"{lead.name} against each other training",
         Markup(drawing),

@@ -24,6 +24,7 @@ from capsfl.report.formats import decimals, duration, interval, power, signed, s
 from capsfl.report.interpretation import interpretation
 from capsfl.report.overlays import triptych
 from capsfl.report.predictions import read_predictions
+from capsfl.report.published import PUBLISHED
 from capsfl.report.study import (
     TASKS,
     Arm,
@@ -50,6 +51,7 @@ from capsfl.report.tables import (
     metric_series,
     overall_series,
     roc_curves,
+    training_seconds,
 )
 from capsfl.workers import is_running
 
@@ -290,6 +292,8 @@ def _classification(study: Study, comparison: Comparison | None) -> dict[str, An
         "roc_legend": [(name, curve.colour, overall) for name, overall, curve in curves],
         "hospitals": record_at(result, "hospitals"),
         "classes": rows_at(result, "overall", "classes"),
+        "newcombe": text(result.get("auc_interval")) == "newcombe",
+        "published": PUBLISHED if rows_at(result, "overall", "classes") else (),
         "costs": costs(study),
         "strip": Markup(figures.strip(_strips(scores), threshold=threshold)) if scores else Markup(),
         "threshold": threshold,
@@ -394,8 +398,8 @@ def _runtime(study: Study) -> dict[str, Any]:
                 continue
             totals = {
                 key: sum(found) if (found := [n for row in rounds if (n := number_at(row, key)) is not None]) else None
-                for key in ("seconds", "cpu_seconds")
-            }
+                for key in ("seconds", "compile_seconds", "cpu_seconds")
+            } | {"training": training_seconds(rounds)}
             peak = max((n for row in rounds if (n := number_at(row, "peak_memory_bytes")) is not None), default=None)
             count = len(rounds)
             work.append({"arm": arm.name, "task": task, "rounds": count, "peak": peak, **totals})

@@ -17,24 +17,31 @@ from capsfl.report.study import Record, number_at
 
 FIELD = "problem.hospitals"
 """The swept field that says how many hospitals take part."""
+OVER_SEEDS = " Mean and 95 % t-interval over seeds."
 CAPTIONS = {
-    "utility": "On held-out records that no hospital trained on, the same for every number of hospitals. Mean and 95 % "
-    "t-interval over seeds.",
-    "training loss": "Of the last round's cohort on its own records. Mean and 95 % t-interval over seeds.",
+    "training loss": "Of the last round's cohort on its own records.",
     "seconds per round": "Wall time of one machine that simulates all hospitals, compilation left out; where several "
-    "studies ran at once, each study's share. Mean and 95 % t-interval over seeds.",
+    "studies ran at once, each study's share.",
 }
-"""What the three charts show."""
+"""What the charts of loss and time show."""
+SCORED = {
+    "patients": "On held-out patients, each decided once from all of its slices, the same patients throughout.",
+    "patches": "On held-out patches, the same throughout.",
+    "images": "On held-out images, each by itself, the same throughout.",
+    "": "On held-out records, slices or images each by itself and not patients, the same throughout.",
+}
+"""What the chart of the utility shows, by what a held-out record is."""
 
 
 def providers(
-    rows: Sequence[Summary], *, utility: str, words: Callable[[Mapping[str, Any]], str]
+    rows: Sequence[Summary], *, utility: str, scored: str = "", words: Callable[[Mapping[str, Any]], str]
 ) -> dict[str, Any] | None:
     """Three charts and their table, a line for every setting of the other fields; None where the number is not swept.
 
     Args:
         rows: the settings of a sweep.
         utility: name of the score that studies are compared by.
+        scored: what held-out records are, as the sweep recorded it; empty where it did not.
         words: says a setting in words.
     """
     if FIELD not in numeric_fields(rows):
@@ -60,7 +67,7 @@ def providers(
                     doubling=True,
                 )
             ),
-            CAPTIONS[title if figure is not _utility else "utility"],
+            SCORED.get(scored, SCORED[""]) + OVER_SEEDS if figure is _utility else CAPTIONS[title] + OVER_SEEDS,
             legend,
         )
         for title, figure in figures

@@ -12,7 +12,7 @@ from capsfl.report.formats import decimals
 from capsfl.report.frontier import effect_svg, frontier_svg, write_pictures
 from capsfl.report.page import distinct_names, environment, flatten, write_whole
 from capsfl.report.providers import FIELD as HOSPITALS
-from capsfl.report.providers import providers
+from capsfl.report.providers import SCORED, providers
 from capsfl.report.studies import (
     Summary,
     best_within,
@@ -46,6 +46,7 @@ def build_sweep_page(folder: Path) -> Path:
     groups = by_group(summaries)
     colours = colour_groups(groups)
     utility = text(record.get("utility")) or "utility"
+    scored = text(record.get("scored"))
     write_pictures(folder, groups, colours, utility=utility)
     page = (
         environment()
@@ -64,7 +65,8 @@ def build_sweep_page(folder: Path) -> Path:
             colours=colours,
             frontier=draw_against_epsilon(summaries, utility=utility),
             budgets=_budgets(groups),
-            providers=providers(summaries, utility=utility, words=words),
+            providers=providers(summaries, utility=utility, scored=scored, words=words),
+            scored=scored if scored in SCORED and scored else "records",
             effects=_effects(summaries, groups, colours, utility),
             curves=_curves(summaries, utility),
             table=_table(summaries),

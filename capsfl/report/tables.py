@@ -1,5 +1,7 @@
 """Comparisons of a study: arms beside arms, and always beside the controls that need no network."""
 
+import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,7 +42,7 @@ class Row:
     """One line of a comparison: the metrics as recorded; `margin` is None where it means nothing."""
 
     name: str
-    kind: Literal["primary", "arm", "member", "control"]
+    kind: Literal["primary", "arm", "member", "seeds", "control"]
     note: str = ""
     values: Record = field(default_factory=dict)
     margin: float | None = None
@@ -92,10 +94,42 @@ def compare(study: Study, task: str) -> Comparison | None:
             values = record_at(member, task, "overall")
             if values:
                 rows.append(Row(name, "member", "left out" if left_out else "alone", values, _margin(member, task)))
+    for names in arms_by_seed(study):
+        own = [row for row in rows if row.name in names and row.kind in ("primary", "arm")]
+        if len(own) > 1:
+            after = rows.index(own[-1]) + 1
+            while after < len(rows) and rows[after].kind == "member":
+                after += 1
+            rows.insert(after, _over_seeds(own, metric, _best(controls, metric)))
     for row in controls:
         margin = _difference(lead_value, number_at(row.values, metric))
         rows.append(Row(row.name, "control", row.note, row.values, margin))
     return Comparison(task, lead.name, rows, _best(controls, metric))
+
+
+def arms_by_seed(study: Study) -> list[list[str]]:
+    """The names of arms that differ in their seeds alone, where there are two or more."""
+    groups: dict[str, list[str]] = {}
+    for arm in rows_at(study.record, "configuration", "arms"):
+        rest = {field: value for field, value in arm.items() if field not in ("name", "seed")}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(text(arm.get("name")))
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _over_seeds(rows: Sequence[Row], metric: str, best: Row | None) -> Row:
+    """The mean of each figure over trainings from several seeds; of the metric also the lowest and the highest."""
+    figures = dict.fromkeys(name for row in rows for name in row.values)
+    means = {}
+    for name in figures:
+        known = [number_at(row.values, name) for row in rows]
+        if None not in known:
+            means[name] = statistics.fmean(value for value in known if value is not None)
+    values = [value for row in rows if (value := number_at(row.values, metric)) is not None]
+    if values:
+        means |= {f"{metric}_low": min(values), f"{metric}_high": max(values)}
+    note = "mean; as interval the lowest and the highest"
+    margin = _difference(means.get(metric), number_at(best.values, metric) if best else None)
+    return Row(f"{rows[0].name}, {len(rows)} seeds", "seeds", note, means, margin)
 
 
 def _margin(results: Record, task: str) -> float | None:
@@ -161,7 +195,7 @@ def estimates(study: Study, comparison: Comparison) -> list[Estimate]:
     metric, colours, rows = METRIC[comparison.task], arm_colours(study), []
     for row in comparison.rows:
         value = number_at(row.values, metric)
-        if value is not None and row.kind != "member":
+        if value is not None and row.kind not in ("member", "seeds"):
             low, high = number_at(row.values, f"{metric}_low"), number_at(row.values, f"{metric}_high")
             colour = "muted" if row.kind == "control" else colours[row.name]
             rows.append(Estimate(row.name, value, low, high, colour))
@@ -207,7 +241,9 @@ def roc_curves(study: Study) -> list[tuple[str, Record, RocCurve]]:
 def costs(study: Study) -> list[dict[str, Any]]:
     """What each arm's classifier cost to train, and how much of the scanner shows in what its last layer sees.
 
-    Seconds are summed over the rounds; memory is what the compiler plans for a round, where it was asked. Hospitals
+    Seconds are summed over the rounds, those of compiling apart where they were recorded, in wall time; processor
+    seconds hold both. `memory` is what the compiler plans for a round, where it was asked; `peak` the most that the
+    process held until the last round, of an arm that had a process of its own. Hospitals
     that train alone keep rounds of their own, which are not added up here.
     """
     rows = []
@@ -227,13 +263,23 @@ def costs(study: Study) -> list[dict[str, Any]]:
                 "network": text(found.get("network") or first.get("network")),
                 "parameters": found.get("parameters") or first.get("parameters"),
                 "rounds": len(rounds) or None,
-                "seconds": _total(rounds, "seconds"),
+                "seconds": training_seconds(rounds),
+                "compile_seconds": _total(rounds, "compile_seconds"),
                 "cpu_seconds": _total(rounds, "cpu_seconds"),
                 "memory": next((peak for peak in peaks if peak is not None), None),
+                "peak": max(
+                    (n for row in rounds if (n := number_at(row, "peak_memory_bytes")) is not None), default=None
+                ),
                 "probe": probe,
             }
         )
     return rows
+
+
+def training_seconds(rounds: Sequence[Record]) -> float | None:
+    """Wall time of rounds without compiling; with it where that was not recorded."""
+    total = _total(rounds, "seconds")
+    return None if total is None else max(0.0, total - (_total(rounds, "compile_seconds") or 0.0))
 
 
 def _total(rounds: Sequence[Record], figure: str) -> float | None:

@@ -17,6 +17,7 @@ from capsfl.learning.classification import ClassificationConfig, make_classifica
 from capsfl.learning.patients import load_patient
 from capsfl.learning.tasks import Task
 from capsfl.study import split_patients
+from capsfl.sweeps.patients import patient_records, score_patients
 
 
 def build_phantom(
@@ -28,7 +29,7 @@ def build_phantom(
     test_fraction: float,
     config: ClassificationConfig,
 ) -> tuple[Hospitals, Hospitals, Callable[[int], Task]]:
-    """Returns training records of the first hospitals, test records of all hospitals, and the task.
+    """Returns training records of the first hospitals, the test patients of all hospitals, and the task.
 
     Each hospital brings its own patients: with another hospital comes more to learn from, while the test patients stay
     the same, those of hospitals that do not take part among them.
@@ -61,7 +62,7 @@ def build_phantom(
     def make_task(seed: int) -> Task:
         return make_classification_task(config, seed=seed)
 
-    return select_hospitals(train, train.names[:hospitals]), test, make_task
+    return select_hospitals(train, train.names[:hospitals]), test, score_patients(make_task, top=config.top_slices)
 
 
 @lru_cache(maxsize=4)
@@ -85,5 +86,5 @@ def _records(
     except ValueError as error:
         raise ValueError(str(error).replace("data.", "problem.", 1)) from None
     images = Images(config, None)
-    train, test = (stack_hospitals(records_by_hospital(part, images.records)) for part in (split.train, split.test))
-    return train, test
+    train = stack_hospitals(records_by_hospital(split.train, images.records))
+    return train, stack_hospitals(patient_records(split.test, images, most=config.slices_per_scan))

@@ -115,12 +115,14 @@ class Built:
         held_out: records to score on; never trained on.
         make_task: `seed -> Task`; only the initial weights depend on the seed.
         utility: name of the score that studies are compared by; higher is better.
+        scored: what one held-out record is: a patient, decided from all of its images, a patch or an image.
     """
 
     hospitals: Hospitals
     held_out: Hospitals
     make_task: Callable[[int], Task]
     utility: str
+    scored: Literal["patients", "patches", "images"] = "images"
 
 
 def build(problem: Problem) -> Built:
@@ -134,13 +136,14 @@ def build(problem: Problem) -> Built:
 
         stage: Any = problem.segmentation if problem.stage == "segmentation" else problem.classification
         hospitals, held_out, make_stage_task = build_stage(problem.folder, problem.stage, stage)
-        return Built(hospitals, held_out, make_stage_task, "dice" if problem.stage == "segmentation" else "accuracy")
+        figures: Any = ("dice", "patches") if problem.stage == "segmentation" else ("accuracy", "patients")
+        return Built(hospitals, held_out, make_stage_task, *figures)
     if isinstance(problem, PhantomProblem):
         from capsfl.sweeps.phantoms import build_phantom
 
         options = {name: getattr(problem, name) for name in ("hospitals", "field", "test_fraction")}
         parts = build_phantom(problem.folder, problem.phantom, config=problem.classification, **options)
-        return Built(*parts, "accuracy")
+        return Built(*parts, "accuracy", "patients")
     frozen: Any = problem.model_copy(update={"model": ImageModelConfig()})
     hospitals, held_out, classes = _images(frozen)
     side = held_out.records["image"].shape[2]

@@ -24,12 +24,13 @@ from capsfl.sweeps.results import Row, SweepFolder, merge_results, read_rows
 from capsfl.sweeps.width import make_program
 
 
-def run_sweep(config: SweepConfig, *, console: Console) -> Path:
+def run_sweep(config: SweepConfig, *, console: Console, command: str = "") -> Path:
     """Runs or resumes a sweep, or one process's share of it.
 
     Args:
         config: the whole configuration.
         console: where progress goes.
+        command: what was typed, for the pages that say how to make a figure again.
 
     Returns:
         The folder, with `results.jsonl`, `results.csv`, `frontier.png`, `frontier.svg` and `report.html` of all
@@ -42,8 +43,9 @@ def run_sweep(config: SweepConfig, *, console: Console) -> Path:
     devices = choose_devices(config.execution)
     groups = group(expand(config), console=console)
     total = sum(len(members) for members in groups)
-    utility = build(groups[0][0].point.problem).utility
-    record = {"studies": total, "groups": len(groups), "utility": utility, "axes": axes_of(config)}
+    built = build(groups[0][0].point.problem)
+    record = {"studies": total, "groups": len(groups), "utility": built.utility, "scored": built.scored}
+    record |= {"axes": axes_of(config), "command": command}
     with SweepFolder.open(config, part=part, parts=parts, record=record) as folder:
         done = read_rows(folder.path)
         mine = take_share(groups, part, parts)

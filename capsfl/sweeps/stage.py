@@ -18,6 +18,7 @@ from capsfl.learning.segmentation import SegmentationConfig, Segmenter, cut_patc
 from capsfl.learning.tasks import Task
 from capsfl.ledger.chain import Ledger
 from capsfl.study import load_study_config, split_patients
+from capsfl.sweeps.patients import patient_records, score_patients
 
 
 @lru_cache(maxsize=4)
@@ -26,8 +27,8 @@ def build_stage(
 ) -> tuple[Hospitals, Hospitals, Callable[[int], Task]]:
     """Returns training records, validation records and the task of a stage.
 
-    Patients and their split are the study's own; its test patients are left alone, so that a setting chosen by the
-    sweep can still be judged on them.
+    The classification is scored by patient, segmentation by patch. Patients and their split are the study's own; its
+    test patients are left alone, so that a setting chosen by the sweep can still be judged on them.
 
     Args:
         folder: that `capsfl train` wrote, at least as far as its volumes; for `classification`, a finished one.
@@ -42,7 +43,7 @@ def build_stage(
     entries = read_index(study / "volumes")
     patients = [load_patient(entry, field=own.data.field, volumes=own.data.volumes) for entry in entries]
     known = [patient for patient in patients if patient.truth is not None or patient.label is not None]
-    split = split_patients(known, own.data, seed=own.seed)
+    split = split_patients(known, own.data, seed=own.split_seed)
     if isinstance(config, SegmentationConfig):
         chosen = config
         parts = [
@@ -53,18 +54,23 @@ def build_stage(
             for part in (split.train, split.validation)
         ]
 
-        def make_task(seed: int) -> Task:
+        def train_patches(seed: int) -> Task:
             return make_segmentation_task(chosen, seed=seed)
+
+        make_task: Callable[[int], Task] = train_patches
     else:
         stage_config = config
         images = Images(stage_config, None if own.segmentation is None else _trained_segmentation(study, own))
+        labelled = [[p for p in part if p.label is not None] for part in (split.train, split.validation)]
         parts = [
-            records_by_hospital((p for p in part if p.label is not None), images.records)
-            for part in (split.train, split.validation)
+            records_by_hospital(labelled[0], images.records),
+            patient_records(labelled[1], images, most=stage_config.slices_per_scan),
         ]
 
-        def make_task(seed: int) -> Task:
+        def train_slices(seed: int) -> Task:
             return make_classification_task(stage_config, seed=seed)
+
+        make_task = score_patients(train_slices, top=stage_config.top_slices)
 
     for part, name in zip(parts, ("train on", "validate on"), strict=True):
         if not part:

@@ -1,6 +1,8 @@
 """What a study refuses, or warns of, before any time goes into training."""
 
 from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
 
 from capsfl import evaluation
 from capsfl.config import StudyConfig
@@ -80,6 +82,16 @@ def check_network(run: Run, plan: PrivacyPlan) -> None:
         task = make_classification_task(stage, seed=run.config.seed)
         make_batch_norm(stage.batch_norm, task, plan, stage.aggregation)
         local_update_of(task, stage.local, plan)
+
+
+def weights_of(config: StudyConfig) -> dict[str, str]:
+    """SHA-256 of every file of weights that a training of the study starts from, by its path as configured.
+
+    A file that is no longer there has none: a run that has begun needs it no more.
+    """
+    stages = [stage for arm in config.arms for stage in config.arm(arm).stages.values()]
+    files = sorted({found for stage in stages if (found := getattr(stage.model, "weights", ""))})
+    return {file: sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()}
 
 
 def check_left_out(run: Run, split: Split) -> None:

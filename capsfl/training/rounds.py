@@ -16,7 +16,7 @@ from capsfl.learning.tasks import Task
 from capsfl.ledger.chain import Ledger
 from capsfl.privacy.plan import PrivacyPlan
 from capsfl.processes import in_turn
-from capsfl.profiling import RoundTrace, part
+from capsfl.profiling import CompileWatch, RoundTrace, part
 from capsfl.recording import RoundKeeper, one_behind
 from capsfl.training.founding import open_run_secret
 from capsfl.training.run import Run
@@ -71,7 +71,7 @@ def run_rounds(
             state = federation.place(kept)
         with trace.rounds(task.name, range(int(state.round) + 1, total + 1)) as numbers:
             for _ in numbers:
-                watch = Stopwatch()
+                watch, compiling = Stopwatch(), CompileWatch()
                 with part("train the cohort"):
                     state, report = federation.step(state)
                 scores = {}
@@ -79,6 +79,7 @@ def run_rounds(
                     record_choice(run.folder, task.name, federation.choice)
                     with part("evaluate"):
                         scores = federation.evaluate(state, held_out) if held_out else {}
-                behind(keeper.keep, state, report, scores, watch.read(), rounds_before + int(state.round))
+                figures = watch.read() | compiling.read()
+                behind(keeper.keep, state, report, scores, figures, rounds_before + int(state.round))
     own = {} if state.statistics is None else {name: federation.weights_of(state, name) for name in run.holders}
     return on_one_device(state.parameters), on_one_device(own), rounds_before + int(state.round)

@@ -15,7 +15,7 @@ from capsfl.digests import file_digests
 from capsfl.ledger.chain import Ledger
 from capsfl.ledger.storage import TornFrame, read_frame
 
-CLOCK = {"seconds", "cpu_seconds", "peak_memory_bytes"}
+CLOCK = {"seconds", "cpu_seconds", "compile_seconds", "peak_memory_bytes"}
 LEFTOVERS = ("tmp", "partial", ".old", ".new")
 """Parts of the names that writes have until they are whole."""
 

@@ -51,8 +51,9 @@ def test_a_report_holds_a_row_for_every_class_and_hospital(patients):
 def test_perfect_order_has_an_interval_as_wide_as_the_rarest_class_allows():
     labels = np.array([0] * 20 + [1] * 20 + [2] * 3)
     low, high = multiclass.macro_auc_interval(np.eye(3)[labels], labels) or (None, None)
-    assert high == 1
-    assert low == pytest.approx(0.025 ** (1 / 3))
+    assert (low, high) == metrics.newcombe_interval(1.0, 3, 40)
+    assert low is not None
+    assert 0.4 < low < metrics.newcombe_interval(1.0, 20, 23)[0]
 
 
 def test_a_class_without_a_patient_leaves_the_figures_undefined(patients):
@@ -74,8 +75,8 @@ def test_the_controls_are_at_chance(patients):
 
 def test_calibration_is_perfect_for_certainty_that_is_right_and_worst_for_certainty_that_is_wrong():
     labels = np.array([0, 1, 2, 1])
-    assert multiclass.calibration(np.eye(3)[labels], labels) == {"brier": 0.0, "ece": 0.0}
-    assert multiclass.calibration(np.eye(3)[(labels + 1) % 3], labels) == {"brier": 2.0, "ece": 1.0}
+    assert multiclass.calibration(np.eye(3)[labels], labels) == {"brier": 0.0, "ece": 0.0, "ece_chance": 0.0}
+    assert multiclass.calibration(np.eye(3)[(labels + 1) % 3], labels) == {"brier": 2.0, "ece": 1.0, "ece_chance": 0.0}
 
 
 def test_a_label_that_is_no_class_is_refused():

@@ -118,7 +118,7 @@ def test_the_page_has_all_of_it_and_says_who_was_left_out(folder: Path):
 def test_a_study_of_one_arm_without_rounds_has_no_such_section(tmp_path: Path, write_study: WriteStudy):
     place = write_study(tmp_path / "demo", arms=("federated",))
     (place / "federated/metrics.jsonl").unlink()
-    assert comparison.comparison(read_study(place)) is None
+    assert comparison.comparison(read_study(place)) == []
     assert "Side by side" not in build_page(place).read_text()
 
 
@@ -149,6 +149,28 @@ def test_the_leading_training_is_held_against_the_others_on_the_same_patients(fo
     # Of other patients there is no difference.
     edit(place / "local/results.json", lambda table: table["classification"]["scores"].pop())
     assert comparison.paired_rows(read_study(place)) == []
+
+
+def test_trainings_that_differ_in_their_seed_alone_get_a_line_with_mean_and_range(
+    tmp_path: Path, write_study: WriteStudy
+):
+    place = write_study(tmp_path / "study", arms=("federated", "private", "pooled"))
+    arms = [{"name": "federated", "seed": None}, {"name": "private", "seed": None, "noise_multiplier": 1.0}]
+    arms.append({"name": "pooled", "seed": 5})
+    edit(place / "study.json", lambda study: study["configuration"].update(arms=arms))
+    study = read_study(place)
+    assert tables.arms_by_seed(study) == [["federated", "pooled"]]
+    compared = tables.compare(study, "classification")
+    assert compared is not None
+    names = [row.name for row in compared.rows if row.kind != "control"]
+    assert names == ["federated", "private", "pooled", "federated, 2 seeds"]
+    row = compared.rows[3]
+    assert row.values["auc"] == pytest.approx((0.9126 + 0.9345) / 2)
+    assert (row.values["auc_low"], row.values["auc_high"]) == (0.9126, 0.9345)
+    assert row.margin == pytest.approx(row.values["auc"] - 0.7719)
+    assert row.name not in [each.name for each in tables.estimates(study, compared)]
+    page = build_page(place).read_text()
+    assert '<span class="name">federated, 2 seeds</span> <small>mean; as interval the lowest and the highest' in page
 
 
 def test_a_hospital_left_out_is_held_against_the_controls_on_its_own_patients(folder: Path, tmp_path: Path):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capsfl.report import StudyError, build_page
+from capsfl.report.published import PUBLISHED
 
 WriteStudy = Callable[..., Path]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -156,7 +157,7 @@ def test_controls_stand_in_the_table_even_if_the_study_recorded_none(tmp_path: P
     for control in ("permuted labels", "dense lung fraction", "HU threshold"):
         assert f"{control} not recorded" in text
     # Calling all 80 patients positive: sensitivity 1, specificity 0, precision 50/80.
-    assert "calls every patient positive 0.500 – +0.413 0.625 0.500 1.000 0.000 0.625 – – 80 50" in text
+    assert "calls every patient positive 0.500 – +0.413 0.625 0.500 1.000 0.000 0.625 – – – 50 / 80" in text
     assert "no control was recorded to compare with" in text
 
 
@@ -175,14 +176,28 @@ def test_the_page_shows_what_each_network_cost_and_told_of_the_scanner_and_every
         found["controls"].pop("dense lung fraction")
 
     edit(folder / "federated" / "results.json", add)
+    path = folder / "federated" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"compile_seconds": 0.3}) + "\n" for row in rows))
     choice = {"chunk": 2, "trials": [{"chunk": 1, "peak_bytes": 1 << 20}, {"chunk": 2, "peak_bytes": 5 << 20}]}
     (folder / "federated" / "chunks.json").write_text(json.dumps({"classification": choice}))
     text = read_page(folder).text
-    # Twenty rounds of 1.3 s and 2.2 s of processor.
-    assert "federated resnet50 24108034 20 26 s 44 s 5 MiB 0.654 0.543–0.765 0.167" in text
+    # Twenty rounds of 1.3 s, of them 0.3 s to compile, and 2.2 s of processor.
+    assert "federated resnet50 24108034 20 20 s 6 s 44 s 5 MiB 668 MiB 0.654 0.543–0.765 0.167" in text
     assert "0 0.800 – – – – 24 1 0.810 – – – – 24 2 0.820" in text
+    assert "Published for several classes, on other data" in text
+    assert "DRE-Net Song et al. 2021" in text
+    assert "not comparable row by row" in text
     assert "mean grey value and high frequencies 0.732 – +0.18" in text
     assert "dense lung fraction" not in text
+
+
+def test_published_figures_of_several_classes_say_whose_data_and_where_they_were_read() -> None:
+    for row in PUBLISHED:
+        assert all(row)
+        figures = [float(figure) for figure in re.findall(r"\b[01]?\.\d+", row.figures)]
+        assert figures
+        assert all(0.5 < figure < 1 for figure in figures)
 
 
 def test_an_interval_that_reaches_a_control_is_not_called_better(tmp_path: Path, write_study: WriteStudy) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capsfl.ct.phantom import PhantomConfig
-from capsfl.learning.classification import ClassificationConfig
+from capsfl.learning.classification import ClassificationConfig, Classifier, make_classification_task
 from capsfl.models.capsnet import CapsNetConfig
 from capsfl.sweeps.classifier import ImageModelConfig, make_image_task
 from capsfl.sweeps.mnist import FILES, read_mnist, split_over_hospitals
+from capsfl.sweeps.patients import score_patients
 from capsfl.sweeps.problems import MnistProblem, PhantomProblem, SyntheticProblem, build
 
 
@@ -142,6 +144,28 @@ def test_a_network_that_pools_the_image_away_is_refused():
         make_image_task(ImageModelConfig(kind="cnn", channels=(1, 2, 3, 4)), side=8, classes=2, seed=0)
 
 
+def test_a_patient_is_decided_once_as_a_study_decides_it():
+    """From the images that are there, by the mean over those that look least like class 0."""
+    config = ClassificationConfig(image_size=32, top_slices=2, classes=3, model=CapsNetConfig.ct(image_size=32))
+    make = partial(make_classification_task, config)
+    task = score_patients(lambda seed: make(seed=seed), top=config.top_slices)(3)
+    generator = np.random.default_rng(4)
+    weights = jax.tree.map(lambda leaf: leaf + 0.3 * generator.normal(size=leaf.shape), task.parameters)
+    bright = np.repeat(generator.uniform(size=(6, 4, 4, 1, 1)), 8, axis=2)
+    images = (bright * generator.uniform(size=(6, 4, 32, 32, 1))).astype(np.float32)
+    counts, labels = np.array([4, 1, 3, 2, 4, 3]), np.array([0, 1, 2, 1, 2, 0], np.int32)
+    here = np.arange(4) < counts[:, None]
+    batch = {"image": images * here[..., None, None, None], "here": here, "label": labels}
+    found = jax.jit(task.scores)(weights, batch, np.array([1, 1, 1, 1, 1, 0], np.float32))
+    classifier = Classifier(make(seed=3), config)
+    own = [classifier.probabilities(weights, image[:count]) for image, count in zip(images, counts, strict=True)]
+    called = np.array([classifier.judge(probabilities).argmax() for probabilities in own])
+    np.testing.assert_allclose(found["accuracy"], (np.sum((called == labels)[:5]), 5))
+    np.testing.assert_allclose(found["specificity"], (float(called[0] == 0), 1))
+    np.testing.assert_allclose(found["sensitivity_2"], (np.sum(called[[2, 4]] == 2), 2))
+    assert len(set(called)) > 1, "or the test tells nothing"
+
+
 def test_phantom_hospitals_join_one_after_another_and_are_scored_on_the_same_patients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -156,8 +180,8 @@ def test_phantom_hospitals_join_one_after_another_and_are_scored_on_the_same_pat
     assert first.hospitals.counts.tolist() == both.hospitals.counts[:1].tolist()
     assert first.held_out is both.held_out
     assert first.held_out.names == both.hospitals.names, "whoever does not take part is scored too"
-    assert int(both.hospitals.counts.sum() + both.held_out.counts.sum()) == 8 * 2
-    assert both.utility == "accuracy"
+    assert int(both.hospitals.counts.sum()) // 2 + int(both.held_out.counts.sum()) == 8, "slices train, patients test"
+    assert (both.utility, both.scored) == ("accuracy", "patients")
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.dcm")}
     assert len(written) > 8
     with pytest.raises(ValueError, match=r"problem.test_fraction = 0.8: only 1 of 2 hospitals have a patient left"):

@@ -10,7 +10,8 @@ those outside the decoder, which only training sees. Seconds are those of traini
 
 AFFINE_READING = """Trained on digits at a random place of a black canvas of 40 x 40 pixels, scored on test digits so
 placed and on the same ones turned (to 20 degrees), sheared (to 0.2) and scaled (0.8 to 1.2 along each axis) about
-their own middle with all their ink on the canvas, the ranges of affNIST. The convolutional network has the same four convolutions and as many weights."""
+their own middle with all their ink on the canvas, the ranges of affNIST. The convolutional network has the same four
+convolutions and as many weights."""
 
 NUMBERS = frozenset({"weights", "seed", "test", "distorted", "wall s", "CPU s"})
 
