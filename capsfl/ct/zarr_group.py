@@ -254,7 +254,7 @@ def brief_checksum(arrays: Mapping[str, np.ndarray]) -> str:
             while start < stop and (planes[stop - 1] == last).all():
                 stop -= 1
             little = planes[start:stop]
-            binary = little.dtype.itemsize == 1 and (little.dtype.kind == "b" or bool(little.max(initial=0) <= 1))
+            binary = little.dtype.kind == "b" or (little.dtype == np.uint8 and bool(little.max(initial=0) <= 1))
             digest.update(f"{start} x {int(first)}, {len(planes) - stop} x {int(last)}, {'bits' * binary}\n".encode())
             little = np.packbits(little) if binary else little.ravel()
         digest.update(little.data)

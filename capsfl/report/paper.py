@@ -213,7 +213,7 @@ def _segmenters(result: Result) -> Sequence[Drawing]:
         Drawing(
             f"{task[:1].upper()}{task[1:]}",
             Markup(
-                '<img class="slices" alt="Scan, truth and masks side by side" src="data:image/png;base64,{}">'
+                '<img class="panels" alt="Scan, truth and masks side by side" src="data:image/png;base64,{}">'
             ).format(image),
             "Scan, truth, and what each network marks with the truth: truth blue, prediction orange, in slices chosen "
             f"by the truth alone. Mean Dice over cases and seeds: {'; '.join(told)}.",
