@@ -25,14 +25,13 @@ from pydicom.uid import (
 
 from capsfl.ct import errors, multiframe
 from capsfl.ct.errors import ScanError
-from capsfl.ct.plain_headers import WINDOW_BYTES, Memo, read_plain
+from capsfl.ct.plain_headers import UNDEFINED_LENGTH, WINDOW_BYTES, Memo, read_plain
 from capsfl.ct.slices import DicomSlice, Header, PlainPixels, make_slice, number, read_facts, several
 
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dc3", ".ima"}
 MAGIC = slice(128, 132)
 FILE_GROUP = 0x0002
 PIXEL_DATA = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
-UNDEFINED_LENGTH = 0xFFFFFFFF
 BARE = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 """A data set without a preamble starts with group 0002 or 0008, in either byte order."""
 BARE_SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)

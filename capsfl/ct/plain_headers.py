@@ -34,8 +34,9 @@ AMBIGUOUS = (0x00280120, 0x00280121)
 ASCII_ALIKE = {b"", b"ISO_IR 6", b"ISO_IR 100", b"ISO_IR 192"}
 """Character sets in which ASCII is ASCII; a text that holds other bytes is pydicom's."""
 
-SHORT = {str(vr).encode(): str(vr) for vr in EXPLICIT_VR_LENGTH_16}
-LONG = {str(vr).encode(): str(vr) for vr in EXPLICIT_VR_LENGTH_32}
+SHORT = {str(vr).encode() for vr in EXPLICIT_VR_LENGTH_16}
+LONG = {str(vr).encode() for vr in EXPLICIT_VR_LENGTH_32}
+"""Types whose elements write their lengths in 16 bits, and in 32."""
 NUMBERS = {"US", "SS", "US or SS", "UL", "SL", "FL", "FD"}
 explicit_at, implicit_at, length_at = Struct("<HH2sH").unpack_from, Struct("<HHI").unpack_from, Struct("<I").unpack_from
 
@@ -115,18 +116,22 @@ def _file_header(head: bytes) -> tuple[Found, int]:
         if number <= last:
             raise NotPlainError
         last = number
-        if code in SHORT:
-            at += 8
-        elif code in LONG:
-            length, at = length_at(head, at + 8)[0], at + 12
-        else:
-            raise NotPlainError
+        length, at = _length(head, at, code, length)
         if (tag := group << 16 | number) in (SOP_CLASS, TRANSFER_SYNTAX):
             found[tag] = (code.decode(), head[at : at + length])
         at += length
     if found[TRANSFER_SYNTAX][0] != "UI" or found[TRANSFER_SYNTAX][1] not in SYNTAXES:
         raise NotPlainError
     return found, at
+
+
+def _length(head: bytes, at: int, code: bytes, length: int) -> tuple[int, int]:
+    """The length of an element that begins at a place, as its type writes it, and where its value begins."""
+    if code in SHORT:
+        return length, at + 8
+    if code in LONG:
+        return length_at(head, at + 8)[0], at + 12
+    raise NotPlainError
 
 
 def _explicit(head: bytes, at: int, wanted: Mapping[int, BaseTag]) -> tuple[Found, int]:
@@ -139,12 +144,7 @@ def _explicit(head: bytes, at: int, wanted: Mapping[int, BaseTag]) -> tuple[Foun
         if tag <= last or tag > PIXELS[-1]:
             raise NotPlainError
         last, start = tag, at
-        if code in SHORT:
-            at += 8
-        elif code in LONG:
-            length, at = length_at(head, at + 8)[0], at + 12
-        else:
-            raise NotPlainError
+        length, at = _length(head, at, code, length)
         if tag in PIXELS:
             if code not in (b"OB", b"OW"):
                 raise NotPlainError
@@ -221,13 +221,7 @@ def _after_item(head: bytes, at: int, end: int | None, depth: int, *, implicit: 
         tag = group << 16 | number
         if tag == ITEM_END and end is None:
             return at + 8
-        if implicit or code in LONG:
-            at += 8 if implicit else 12
-            (length,) = length_at(head, at - 4)
-        elif code in SHORT:
-            at += 8
-        else:
-            raise NotPlainError
+        length, at = (length_at(head, at + 4)[0], at + 8) if implicit else _length(head, at, code, length)
         if length == UNDEFINED_LENGTH:
             if not (_is_sequence(head, tag, at) if implicit else code == b"SQ"):
                 raise NotPlainError

@@ -15,7 +15,7 @@ from capsfl.learning.augmentation import AugmentationConfig, make_augment
 from capsfl.learning.controls import DENSE_HU
 from capsfl.learning.networks import NetworkConfig
 from capsfl.learning.patients import Patient
-from capsfl.learning.tasks import Task, make_task
+from capsfl.learning.tasks import Scores, Task, make_task
 from capsfl.models.capsnet import CapsNetConfig
 from capsfl.settings import Settings
 
@@ -87,18 +87,9 @@ def make_classification_task(config: ClassificationConfig, *, seed: int, pretrai
         answer = networks.ask(model, batch["image"], batch["label"])
         return networks.classification_loss(answer, batch["image"], batch["label"], weights)
 
-    def scores(model: Any, batch: Any, weight: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def scores(model: Any, batch: Any, weight: jax.Array) -> Scores:
         found = jnp.argmax(networks.class_evidence(networks.ask(model, batch["image"])), axis=-1)
-        label = batch["label"]
-
-        def share(right: jax.Array, among: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jnp.sum(weight * among * right), jnp.sum(weight * among)
-
-        return {
-            "accuracy": share(found == label, jnp.ones_like(weight)),
-            "sensitivity": share(found > 0, label > 0),
-            "specificity": share(found == 0, label == 0),
-        } | ({f"sensitivity_{k}": share(found == k, label == k) for k in range(classes)} if classes > 2 else {})
+        return score_calls(found, batch["label"], weight, classes=classes)
 
     def absolute_error(model: Any, batch: Any) -> jax.Array:
         evidence = networks.class_evidence(networks.ask(model, batch["image"]))
@@ -106,6 +97,26 @@ def make_classification_task(config: ClassificationConfig, *, seed: int, pretrai
 
     augment = make_augment(config.augmentation, intensities=(0.0, 1.0))
     return make_task("classification", model, loss, scores, absolute_error, augment)
+
+
+def score_calls(called: jax.Array, label: jax.Array, weight: jax.Array, *, classes: int) -> Scores:
+    """Returns accuracy, sensitivity and specificity, of more than two classes also each one's, as weighted sums.
+
+    Args:
+        called: `(records,)` classes that were called, 0 for healthy.
+        label: `(records,)` true ones.
+        weight: `(records,)`, 0 for what fills a batch.
+        classes: number of classes.
+    """
+
+    def share(right: jax.Array, among: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(weight * among * right), jnp.sum(weight * among)
+
+    return {
+        "accuracy": share(called == label, jnp.ones_like(weight)),
+        "sensitivity": share(called > 0, label > 0),
+        "specificity": share(called == 0, label == 0),
+    } | ({f"sensitivity_{k}": share(called == k, label == k) for k in range(classes)} if classes > 2 else {})
 
 
 def images_of(patient: Patient, config: ClassificationConfig, *, probability: np.ndarray | None = None) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from capsfl.evaluation import Images
 from capsfl.federated.patients import records_by_hospital
 from capsfl.learning import networks
+from capsfl.learning.classification import score_calls
 from capsfl.learning.patients import Patient
 from capsfl.learning.tasks import Scores, Task
 
@@ -55,16 +56,7 @@ def score_patients(make_task: Callable[[int], Task], *, top: int) -> Callable[[i
             chosen = jnp.take_along_axis(each, order[..., None], axis=1)
             counted = jnp.take_along_axis(here, order, axis=1)[..., None]
             called = jnp.argmax(jnp.sum(chosen * counted, axis=1), axis=-1)
-            label = batch["label"]
-
-            def share(right: jax.Array, among: jax.Array) -> tuple[jax.Array, jax.Array]:
-                return jnp.sum(weight * among * right), jnp.sum(weight * among)
-
-            return {
-                "accuracy": share(called == label, jnp.ones_like(weight)),
-                "sensitivity": share(called > 0, label > 0),
-                "specificity": share(called == 0, label == 0),
-            } | ({f"sensitivity_{k}": share(called == k, label == k) for k in range(classes)} if classes > 2 else {})
+            return score_calls(called, batch["label"], weight, classes=classes)
 
         return replace(task, scores=scores)
 
