@@ -72,10 +72,8 @@ class DigitTrainer:
         def merged(parameters: Any, statistics: Any) -> nnx.Module:
             return nnx.merge(graph, parameters, statistics, rest, copy=True)
 
-        def step(learned: Learned, drawn: tuple[Array, Array]) -> tuple[Learned, Array]:
-            rows, key = drawn
-            images = self._seen(self._images[rows], key)
-            labels = self._labels[rows]
+        def step(learned: Learned, images: Array, labels: Array, key: Array) -> tuple[Learned, Array]:
+            images = self._seen(images, key)
 
             def loss(parameters: Any) -> tuple[Array, Any]:
                 model = merged(parameters, learned.statistics)
@@ -86,12 +84,17 @@ class DigitTrainer:
             move, moments = optimizer.update(gradient, learned.optimizer, learned.parameters)
             return Learned(optax.apply_updates(learned.parameters, move), statistics, moments), value
 
+        # The images are an argument: as a constant they would be a part of the program, and compiling it take longer.
         @jax.jit
-        def epoch(learned: Learned, key: Array) -> tuple[Learned, Array]:
+        def epoch(learned: Learned, images: Array, labels: Array, key: Array) -> tuple[Learned, Array]:
             order_key, step_key = jax.random.split(key)
             count = self.steps_per_epoch * config.batch_size
-            rows = jax.random.permutation(order_key, len(self._images))[:count].reshape(-1, config.batch_size)
-            learned, losses = jax.lax.scan(step, learned, (rows, jax.random.split(step_key, len(rows))))
+            rows = jax.random.permutation(order_key, len(images))[:count].reshape(-1, config.batch_size)
+
+            def next_step(learned: Learned, drawn: tuple[Array, Array]) -> tuple[Learned, Array]:
+                return step(learned, images[drawn[0]], labels[drawn[0]], drawn[1])
+
+            learned, losses = jax.lax.scan(next_step, learned, (rows, jax.random.split(step_key, len(rows))))
             return learned, losses.mean()
 
         @jax.jit
@@ -113,7 +116,7 @@ class DigitTrainer:
 
     def epoch(self, learned: Learned, *, key: Array) -> tuple[Learned, float]:
         """Trains one epoch; returns the state and the mean loss."""
-        learned, loss = self._epoch(learned, key)
+        learned, loss = self._epoch(learned, self._images, self._labels, key)
         return learned, float(loss)
 
     def error(self, learned: Learned, images: np.ndarray, labels: np.ndarray) -> float:

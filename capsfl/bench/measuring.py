@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
+QUEUE_S = 0.02
+"""Seconds that the runs of one sample take together on an accelerator."""
+
 
 class Sample(NamedTuple):
     """One run: wall-clock seconds, and seconds of this process's threads together."""
@@ -56,12 +59,31 @@ def compile_timed(function: Callable[..., Any], *arguments: Any) -> Compiled:
     return Compiled(compiled, facts)
 
 
-def run_timed(run: Callable[[], Any]) -> Sample:
-    """One run, to the end of its computation, begun when the one before has given its memory back."""
+def run_timed(run: Callable[[], Any], repeats: int = 1) -> Sample:
+    """One run, to the end of its computation, begun when the one before has given its memory back.
+
+    Args:
+        run: What to run.
+        repeats: Runs that are queued one behind the other and waited for together; the sample is their mean.
+    """
     _settle()
     wall, cpu = time.perf_counter(), time.process_time()
-    jax.block_until_ready(run())
-    return Sample(time.perf_counter() - wall, time.process_time() - cpu)
+    for _ in range(repeats):
+        results = run()
+    jax.block_until_ready(results)
+    return Sample((time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats)
+
+
+def queue_length(run_s: float) -> int:
+    """Runs to queue for one sample: one on a CPU, enough to fill 20 ms on an accelerator.
+
+    There a run is launched while the one before still computes. Waiting for each would time the way to the device and
+    back, longer than a small kernel takes.
+
+    Args:
+        run_s: Wall-clock seconds of one run that is waited for.
+    """
+    return 1 if jax.default_backend() == "cpu" else min(max(round(QUEUE_S / run_s), 1), 200)
 
 
 def _settle() -> None:

@@ -19,6 +19,7 @@ from capsfl.bench.measuring import (
     compile_timed,
     higher_roofs,
     measure_roofs,
+    queue_length,
     ratio,
     run_timed,
 )
@@ -47,6 +48,8 @@ class RoutingBench:
     """Threads that torch may use."""
     operators: tuple[str, ...] = ()
     """Names of the operators to measure; all where none is named."""
+    cases: tuple[str, ...] = ()
+    """Names of the cases of these operators to measure; all where none is named."""
 
 
 def measure(options: RoutingBench, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -65,16 +68,23 @@ def measure(options: RoutingBench, *, say: Callable[[str], None]) -> dict[str, A
     unknown = set(options.operators) - OPERATORS.keys()
     if unknown:
         raise ValueError(f"operators = {sorted(unknown)[0]!r}: unknown; choose from {', '.join(OPERATORS)}")
+    chosen = {name: OPERATORS[name] for name in options.operators or OPERATORS}
+    known = {name: operator.quick if options.quick else operator.cases for name, operator in chosen.items()}
+    if strange := set(options.cases).difference(*known.values()):
+        offered = ", ".join(case for cases in known.values() for case in cases)
+        raise ValueError(f"cases = {sorted(strange)[0]!r}: unknown; choose from {offered}")
     skipped: list[dict[str, str]] = []
     rows: list[dict[str, Any]] = []
     machine = describe()
-    with cold_compilation(), _peer(options, skipped) as peer:
+    # Float32 products for all: the logits pass through an exponential, and TensorFloat-32 is not the same work.
+    with jax.default_matmul_precision("highest"), cold_compilation(), _peer(options, skipped) as peer:
         roofs = measure_roofs(quick=options.quick)
         if peer is not None:
             machine["versions"]["torch"] = peer.version
-        for name in options.operators or OPERATORS:
-            operator = OPERATORS[name]
-            for case_name in operator.quick if options.quick else operator.cases:
+        for name, operator in chosen.items():
+            for case_name in known[name]:
+                if options.cases and case_name not in options.cases:
+                    continue
                 for gradient in PASSES:
                     sitting = _Sitting(name, operator, case_name, gradient, peer, options.quick)
                     rows += sitting.measure(skipped)
@@ -178,7 +188,8 @@ class _Sitting:
         if self.expected is None:
             self.expected = found
         self.facts[implementation]["difference_from_stored"] = self._difference(found)
-        self.runs[implementation] = lambda: run_timed(lambda: compiled.call(*self.arrays))
+        repeats = queue_length(run_timed(lambda: compiled.call(*self.arrays)).wall_s)
+        self.runs[implementation] = lambda: run_timed(lambda: compiled.call(*self.arrays), repeats)
 
     def _prepare_peer(self, peer: TorchPeer | None, variant: str) -> None:
         assert peer is not None
@@ -198,7 +209,8 @@ class _Sitting:
             )
             raise PeerError(f"its results {apart}: not the same work")
         self.facts[variant] = {**facts, "difference_from_stored": difference}
-        self.runs[variant] = lambda: peer.run(variant)
+        repeats = queue_length(peer.run(variant).wall_s)
+        self.runs[variant] = lambda: peer.run(variant, repeats)
 
     def _difference(self, found: list[np.ndarray]) -> float | None:
         """The largest difference of any result from stored votes', relative to its norm."""

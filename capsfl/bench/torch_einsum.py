@@ -56,22 +56,32 @@ class Routing:
         else:
             with torch.no_grad():
                 results = [self.route(self.inputs, self.weights, self.num_iters)]
+        return results
+
+    def finished(self):
+        """What `run` returns, once it is computed."""
+        results = self.run()
         if self.device == "cuda":
             torch.cuda.synchronize()
         return results
 
-    def timed(self):
-        """Seconds of one run: wall, and of all threads."""
+    def timed(self, repeats):
+        """Seconds of one run, the mean of several queued ones: wall, and of all threads."""
         wall, cpu = time.perf_counter(), time.process_time()
-        self.run()
-        return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+        for _ in range(repeats - 1):
+            self.run()
+        self.finished()
+        return {
+            "wall_s": (time.perf_counter() - wall) / repeats,
+            "cpu_s": (time.process_time() - cpu) / repeats,
+        }
 
     def peak_bytes(self):
         """How far memory grows in one run: of the card where there is one, else resident memory."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            self.run()
+            self.finished()
             return torch.cuda.max_memory_allocated() - before
         self.inputs.grad = self.weights.grad = None
         before = peak = resident_bytes()
@@ -103,12 +113,12 @@ def answer(request, prepared):
     if request["do"] == "prepare":
         start = time.perf_counter()
         prepared[name] = Routing(request)
-        results = prepared[name].run()
+        results = prepared[name].finished()
         first_s = time.perf_counter() - start
         np.savez(request["results"], *[result.detach().cpu().numpy() for result in results])
         return {"first_s": first_s, "peak_bytes": prepared[name].peak_bytes()}
     if request["do"] == "run":
-        return prepared[name].timed()
+        return prepared[name].timed(request["repeats"])
     del prepared[name]
     return {}
 
@@ -119,7 +129,7 @@ def main():
     os.dup2(2, 1)  # what torch prints must not get between the answers
     torch.set_num_threads(int(sys.argv[1]))
     if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # as jax multiplies float32 on a card by default
+        torch.set_float32_matmul_precision("highest")  # float32 as ours, not TensorFloat-32
     prepared = {}
     print(json.dumps({"torch": torch.__version__, "cuda": torch.cuda.is_available()}), file=channel, flush=True)
     for line in sys.stdin:

@@ -79,9 +79,9 @@ class TorchPeer(PeerProcess):
         with np.load(got) as results:
             return facts, [results[name] for name in results.files]
 
-    def run(self, variant: str) -> Sample:
-        """Runs a prepared variant once."""
-        return Sample(**self._ask(do="run", name=variant))
+    def run(self, variant: str, repeats: int = 1) -> Sample:
+        """Runs a prepared variant, `repeats` times without waiting in between; the sample is their mean."""
+        return Sample(**self._ask(do="run", name=variant, repeats=repeats))
 
     def forget(self, variant: str) -> None:
         """Drops a prepared variant and its arrays."""

@@ -9,7 +9,7 @@ most of the processors idle; the partial sums are added afterwards. The kernels 
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,41 +150,15 @@ class _Hopper(NamedTuple):
 
     def sum_votes(self, arranged: _Arranged, direction: jax.Array) -> jax.Array:
         plan = arranged.plan
-        reaches = plan.blocks // plan.reach
-        partial = self._launch(
-            functools.partial(sum_kernel, plan, bool(self.interpret)),
-            "capsule_sums",
-            sum_scratch(plan, arranged.inputs.dtype),
-            {"tile": plan.tiles, "reach": reaches},
-            [(reaches, *_state_shape(plan))],
-            arranged.inputs,
-            arranged.weights,
-            _to_tiles(direction, plan),
-        )[0]
-        return _from_tiles(jnp.sum(partial, axis=0), direction.shape)
+        partial = _launch("sums", plan, self.interpret, arranged.inputs, arranged.weights, _to_tiles(direction, plan))
+        return _from_tiles(jnp.sum(partial[0], axis=0), direction.shape)
 
     def differentiate(
         self, arranged: _Arranged, direction: jax.Array, grad_sum: jax.Array
     ) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array]]:
         plan = arranged.plan
-        groups = plan.tiles // plan.group
-        shapes = [
-            (plan.tiles, plan.blocks, plan.depth, ROWS, COLUMNS),
-            (groups, plan.blocks, plan.capsules, plan.columns, plan.dim),
-        ]
-        if plan.full:
-            shapes.append((plan.blocks, *_state_shape(plan)))
-        grads = self._launch(
-            functools.partial(gradient_kernel, plan, bool(self.interpret)),
-            "capsule_gradients",
-            gradient_scratch(plan, arranged.inputs.dtype),
-            {"block": plan.blocks, "group": groups},
-            shapes,
-            arranged.inputs,
-            arranged.weights,
-            _to_tiles(direction, plan),
-            _to_tiles(grad_sum, plan),
-        )
+        states = _to_tiles(direction, plan), _to_tiles(grad_sum, plan)
+        grads = _launch("gradients", plan, self.interpret, arranged.inputs, arranged.weights, *states)
         grad_direction = _from_tiles(jnp.sum(grads[2], axis=0), direction.shape) if plan.full else None
         return grad_direction, (grads[0], jnp.sum(grads[1], axis=0))
 
@@ -200,30 +174,40 @@ class _Hopper(NamedTuple):
             w.reshape(-1, *w.shape[2:])[:number, :, :dim, :depth],
         )
 
-    def _launch(
-        self,
-        body: Any,
-        name: str,
-        scratch: dict[str, Any],
-        grid: dict[str, int],
-        shapes: list[tuple[int, ...]],
-        *arrays: jax.Array,
-    ) -> tuple[jax.Array, ...]:
-        from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        outputs = plgpu.kernel(
-            body,
-            out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-            scratch_types=scratch,
-            grid=tuple(grid.values()),
-            grid_names=tuple(grid),
-            # Layouts of registers are inferred; JAX 0.11 made this the default.
-            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-            interpret=self.interpret,
-            kernel_name=name,
-        )(*arrays)
-        # Inside a shard_map the kernel's outputs pass for equal on all devices, which they are not.
-        return common_variation(arrays[0], *outputs)[1:]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _launch(
+    which: Literal["sums", "gradients"], plan: Plan, interpret: Any, *arrays: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel; compiled on its own, so that all iterations share one lowering, which takes seconds."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if which == "sums":
+        body, scratch = sum_kernel, sum_scratch(plan, arrays[0].dtype)
+        grid = {"tile": plan.tiles, "reach": plan.blocks // plan.reach}
+        shapes = [(grid["reach"], *_state_shape(plan))]
+    else:
+        body, scratch = gradient_kernel, gradient_scratch(plan, arrays[0].dtype)
+        grid = {"block": plan.blocks, "group": plan.tiles // plan.group}
+        shapes = [
+            (plan.tiles, plan.blocks, plan.depth, ROWS, COLUMNS),
+            (grid["group"], plan.blocks, plan.capsules, plan.columns, plan.dim),
+        ]
+        if plan.full:
+            shapes.append((plan.blocks, *_state_shape(plan)))
+    outputs = plgpu.kernel(
+        functools.partial(body, plan, bool(interpret)),
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        # Layouts of registers are inferred; JAX 0.11 made this the default.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+        kernel_name=f"capsule_{which}",
+    )(*arrays)
+    # Inside a shard_map the kernel's outputs pass for equal on all devices, which they are not.
+    return common_variation(arrays[0], *outputs)[1:]
 
 
 def _plan(

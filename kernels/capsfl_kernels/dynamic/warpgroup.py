@@ -178,7 +178,7 @@ def with_transposed(ref: Any, emulated: bool, use: Callable[[Any], None]) -> Non
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if not emulated:
-        use(plgpu.transpose_ref(ref, (1, 0)))
+        use(ref.transpose((1, 0)))
         return
 
     def copy(turned: Any) -> None:
