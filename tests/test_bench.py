@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 from capsfl_kernels import block_sizes
 
 from capsfl.bench import BENCHMARKS, machine, operators, page, roofline, routing, tuning, work
-from capsfl.bench.measuring import alternate, cold_compilation, compile_timed, run_timed
+from capsfl.bench.measuring import alternate, cold_compilation, compile_timed, queue_length, run_timed
 from capsfl.bench.peer_process import PeerError
 from capsfl.bench.torch_peer import TorchPeer
 from capsfl.cli import main
@@ -63,6 +64,10 @@ def test_without_a_name_it_lists_what_there_is(capsys):
             ("routing", "--out", "x", "--operators", "votes"),
             "operators = 'votes': unknown; choose from dynamic_routing",
         ),
+        (
+            ("routing", "--out", "x", "--operators", "em_routing", "--cases", "digits"),
+            "cases = 'digits': unknown; choose from windows",
+        ),
         (("routing", "--out", "x", "--peer-python", "./none"), "peer-python: none: No such file or directory"),
         (("segcaps", "--out", "x", "--devices", "3"), "devices = 3: must be 1, 2 or 4"),
         (("routing", "--qiuck"), "capsfl bench routing: Unrecognized options: --qiuck"),
@@ -80,7 +85,16 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys, tmp_path, monkey
 @pytest.mark.journey
 def test_routing_writes_what_it_prints_and_the_ratios_are_those_of_its_rows(capsys, tmp_path):
     code, out, err = run(
-        capsys, "routing", "--quick", "--operators", "dynamic_routing", "--out", str(tmp_path / "out"), "--json"
+        capsys,
+        "routing",
+        "--quick",
+        "--operators",
+        "dynamic_routing",
+        "--cases",
+        "small",
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
     )
     assert code == 0, err
     result = json.loads(out)
@@ -228,6 +242,18 @@ def test_runs_take_turns_and_stop_at_the_budget():
     times = alternate({"a": runner("a"), "b": runner("b")}, budget_s=0.0, least=2, most=9)
     assert order == ["a", "b", "a", "b"]
     assert times["a"]["runs"] == 2
+
+
+def test_runs_are_queued_on_an_accelerator_and_a_sample_is_their_mean(monkeypatch):
+    assert queue_length(1e-4) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [queue_length(seconds) for seconds in (1.0, 0.005, 1e-6)] == [1, 4, 200]
+    monkeypatch.undo()
+    calls = []
+    start = time.perf_counter()
+    sample = run_timed(lambda: calls.append(time.sleep(0.01)), 4)
+    assert len(calls) == 4
+    assert 0.01 <= sample.wall_s <= (time.perf_counter() - start) / 4
 
 
 def test_compiling_is_timed_without_the_cache_which_is_in_use_again_afterwards(tmp_path):

@@ -147,7 +147,8 @@ def test_the_benchmark_reports_the_error_of_the_last_epoch(folder, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(SMALL)
     said: list[str] = []
-    result = mnist.measure(mnist.MnistBench(path, folder), say=said.append)
+    result = mnist.measure(mnist.MnistBench(path, folder, epochs=2), say=said.append)
+    assert result["config"]["training"]["epochs"] == 2
     (row,) = result["rows"]
     assert len(row["loss"]) == 2
     assert row["loss"][1] < row["loss"][0]

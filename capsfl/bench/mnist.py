@@ -53,6 +53,8 @@ class MnistBench:
     affine: bool = False
     """Instead train on digits placed on 40 pixels, beside a convolutional network of equal size, and score both on
     digits that are turned, sheared and scaled as well."""
+    epochs: int | None = None
+    """Passes over the training images; by default those of the configuration."""
     quick: bool = False
     """2,000 training images, one epoch, one seed: a minute instead of many."""
 
@@ -85,7 +87,7 @@ def measure(options: MnistBench, *, say: Callable[[str], None]) -> dict[str, Any
 
     Raises:
         ConfigError: the file cannot be used.
-        ValueError: MNIST is not there.
+        ValueError: MNIST is not there, or an option is out of range.
     """
     config = load_mnist_config(options.config)
     train, test = read_mnist(options.data)
@@ -97,6 +99,10 @@ def measure(options: MnistBench, *, say: Callable[[str], None]) -> dict[str, Any
                 "training": config.training.model_copy(update={"canvas": CANVAS}),
             }
         )
+    if options.epochs is not None:
+        if options.epochs < 1:
+            raise ValueError(f"epochs = {options.epochs}: must be at least 1")
+        config = config.model_copy(update={"training": config.training.model_copy(update={"epochs": options.epochs})})
     if options.quick:
         seeds = seeds[:1]
         config = config.model_copy(update={"training": config.training.model_copy(update={"epochs": 1})})

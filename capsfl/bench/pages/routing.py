@@ -10,7 +10,10 @@ READING = """Medians of runs in turns, implementations alternated in one sitting
 process; it suffers less than wall time from whatever else the machine does. Temporary memory is what XLA plans
 beyond arguments and results; for torch it is how far the process grew. `of roof` is the part of the device's own
 rates (below) that a run reaches: the larger of its counted bytes over the copy rate and its counted operations
-over the matrix product's, over its wall time. The counts are those in `capsfl/bench/work.py`."""
+over the matrix product's, over its wall time. The counts are those in `capsfl/bench/work.py`. Products are of
+float32, without TensorFloat-32 on a GPU. There a sample is the mean of runs queued to fill 20 ms, torch's memory is
+the card's, and stored votes may pass 100 %: the counted bytes are those of separate operations, of which XLA fuses some
+and the card's cache holds others."""
 
 NUMBERS = frozenset({"wall ms", "CPU ms", "temp MiB", "compile s", "of roof", "CPU", "wall", "temporary"})
 
