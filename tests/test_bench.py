@@ -85,16 +85,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(capsys, tmp_path, monkey
 @pytest.mark.journey
 def test_routing_writes_what_it_prints_and_the_ratios_are_those_of_its_rows(capsys, tmp_path):
     code, out, err = run(
-        capsys,
-        "routing",
-        "--quick",
-        "--operators",
-        "dynamic_routing",
-        "--cases",
-        "small",
-        "--out",
-        str(tmp_path / "out"),
-        "--json",
+        capsys, "routing", "--quick", "--operators", "dynamic_routing", "--out", str(tmp_path / "out"), "--json"
     )
     assert code == 0, err
     result = json.loads(out)
@@ -242,6 +233,16 @@ def test_runs_take_turns_and_stop_at_the_budget():
     times = alternate({"a": runner("a"), "b": runner("b")}, budget_s=0.0, least=2, most=9)
     assert order == ["a", "b", "a", "b"]
     assert times["a"]["runs"] == 2
+
+
+def test_only_the_cases_named_are_measured(monkeypatch):
+    rates = {"copy_bytes_per_s": 1.0, "gemm_flops_per_s": 1.0}
+    monkeypatch.setattr(routing, "measure_roofs", lambda **_: rates)
+    measured = []
+    monkeypatch.setattr(routing._Sitting, "measure", lambda self, _: measured.append(self.case_name) or [])
+    options = routing.RoutingBench(operators=("self_attention_routing",), cases=("efficient",))
+    assert routing.measure(options, say=lambda _: None)["rows"] == []
+    assert measured == ["efficient", "efficient"]  # forward, and with its gradient
 
 
 def test_runs_are_queued_on_an_accelerator_and_a_sample_is_their_mean(monkeypatch):

@@ -147,16 +147,23 @@ def test_the_benchmark_reports_the_error_of_the_last_epoch(folder, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text(SMALL)
     said: list[str] = []
-    result = mnist.measure(mnist.MnistBench(path, folder, epochs=2), say=said.append)
-    assert result["config"]["training"]["epochs"] == 2
+    result = mnist.measure(mnist.MnistBench(path, folder, epochs=3), say=said.append)
+    assert result["config"]["training"]["epochs"] == 3
     (row,) = result["rows"]
-    assert len(row["loss"]) == 2
+    assert len(row["loss"]) == 3
     assert row["loss"][1] < row["loss"][0]
     assert result["summary"] == {"efficient_capsnet": {"test": row["error_percent"]["test"]}}
     (table,) = page.tables(result)
     assert "goal 50 %" in table.title
     assert table.rows[0][3] == f"{row['error_percent']['test']:.2f}"
     assert said[-1].startswith("mnist, efficient_capsnet, seed 3: error test")
+
+
+def test_no_epochs_are_refused(folder, tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    with pytest.raises(ValueError, match="epochs = 0: must be at least 1"):
+        mnist.measure(mnist.MnistBench(path, folder, epochs=0), say=print)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class DigitTrainer:
             move, moments = optimizer.update(gradient, learned.optimizer, learned.parameters)
             return Learned(optax.apply_updates(learned.parameters, move), statistics, moments), value
 
-        # The images are an argument: as a constant they would be a part of the program, and compiling it take longer.
+        # The images are an argument: as a constant they would be a part of the program.
         @jax.jit
         def epoch(learned: Learned, images: Array, labels: Array, key: Array) -> tuple[Learned, Array]:
             order_key, step_key = jax.random.split(key)
